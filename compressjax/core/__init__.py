@@ -1,0 +1,1 @@
+"""Model, trees, tracing, sites, rewrite: what every room stands on."""
