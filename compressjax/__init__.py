@@ -1,4 +1,12 @@
 """compressjax makes any JAX network smaller and faster, as pure functions."""
 
+from compressjax.core.doors import from_equinox as from_equinox
+from compressjax.core.doors import from_function as from_function
+from compressjax.core.doors import from_linen as from_linen
+from compressjax.core.doors import from_nnx as from_nnx
 from compressjax.core.model import Model as Model
 from compressjax.core.model import compose as compose
+from compressjax.core.rewrite import capture as capture
+from compressjax.core.rewrite import rewrite as rewrite
+from compressjax.core.sites import Site as Site
+from compressjax.core.sites import sites as sites

@@ -103,8 +103,12 @@ def trace_model(model: Any, **kwargs: Any) -> Trace:
 
 def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """The results of one equation on new values, as a list."""
-    subfuns, params = eqn.primitive.get_bind_params(eqn.params)
-    out = eqn.primitive.bind(*subfuns, *values, **params)
+    params = eqn.primitive.get_bind_params(eqn.params)
+    if isinstance(params, tuple):  # older JAX gives the sub-functions apart
+        subfuns, params = params
+        out = eqn.primitive.bind(*subfuns, *values, **params)
+    else:
+        out = eqn.primitive.bind(*values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
@@ -125,3 +129,103 @@ def context_of(eqn: Equation):
 
 def is_tracer(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
+
+
+# The sub-jaxpr of a call primitive that only wraps its body, by primitive name.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+}
+
+
+def called(eqn: Equation) -> ClosedJaxpr | None:
+    """The body of an equation that only calls it (jit, custom rules, remat)."""
+    field = _CALLS.get(eqn.primitive.name)
+    if field is None or field not in eqn.params:
+        return None
+    body = eqn.params[field]
+    return body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ())
+
+
+def bodies(eqn: Equation) -> list[Jaxpr]:
+    """Every jaxpr found in the parameters of an equation."""
+    return list(jex.core.jaxprs_in_params(eqn.params))
+
+
+def evaluate(
+    jaxpr: ClosedJaxpr,
+    values: Sequence[Any],
+    handle: Callable[[Equation, list[Any]], Sequence[Any] | None],
+) -> list[Any]:
+    """Evaluate a jaxpr; ``handle(eqn, values)`` may give the results of an equation.
+
+    Where it returns None the equation is bound as it is. No recursion: the handler
+    decides what to do with calls and loops.
+    """
+    env: dict[Var, Any] = {}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else env[atom]
+
+    env.update(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+    env.update(zip(jaxpr.jaxpr.invars, values, strict=True))
+    dead = _last_uses(jaxpr.jaxpr)
+    for i, eqn in enumerate(jaxpr.jaxpr.eqns):
+        ins = [read(a) for a in eqn.invars]
+        with context_of(eqn):
+            outs = handle(eqn, ins)
+            if outs is None:
+                outs = bind(eqn, ins)
+        env.update(zip(eqn.outvars, outs, strict=True))
+        for var in dead.get(i, ()):  # eager evaluation: do not hold every activation
+            env.pop(var, None)
+    return [read(a) for a in jaxpr.jaxpr.outvars]
+
+
+def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Var]]:
+    """{index of an equation: the variables not read after it}."""
+    last = {
+        atom: i
+        for i, eqn in enumerate(jaxpr.eqns)
+        for atom in (*eqn.outvars, *eqn.invars)
+        if isinstance(atom, Var)
+    }
+    for atom in jaxpr.outvars:
+        if isinstance(atom, Var):
+            last.pop(atom, None)
+    dead: dict[int, list[Var]] = {}
+    for var, i in last.items():
+        dead.setdefault(i, []).append(var)
+    return dead
+
+
+def inline(jaxpr: ClosedJaxpr, keep: Sequence[str] = ()) -> ClosedJaxpr:
+    """The same jaxpr with calls (jit, custom rules, remat) replaced by their bodies.
+
+    For passes over evaluation mode: custom derivative rules are lost. Loops and
+    branches stay. A jit whose name is in `keep` stays too.
+    """
+
+    def handle(eqn: Equation, values: list[Any]) -> list[Any] | None:
+        body = called(eqn)
+        if body is None or eqn.params.get("name") in keep:
+            return None
+        return evaluate(body, values, handle)
+
+    return jax.make_jaxpr(lambda *values: evaluate(jaxpr, values, handle))(
+        *(_spec(v.aval) for v in jaxpr.jaxpr.invars)
+    )
+
+
+def _spec(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False)
+    )
