@@ -50,7 +50,7 @@ def _(primals, tangents):
 def _wide(x: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
     """All operands in float32, or float64 if x is."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return tuple(a.astype(dtype) for a in (x, *others))
+    return tuple(jnp.asarray(a).astype(dtype) for a in (x, *others))
 
 
 def _primal(x, scale, zero, lo, hi):
@@ -106,7 +106,9 @@ def fake_quant(x: Any, scale: Any, zero: Any, lo: Any, hi: Any) -> jax.Array:
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"fake_quant takes a float array, got {x.dtype}: cast it first.")
+        raise TypeError(
+            f"fake_quant takes a float array, got {x.dtype}: cast it first."
+        )
 
     def wide(a):
         # NumPy scalars stay literals of the jaxpr; arrays keep a float dtype.

@@ -1,0 +1,60 @@
+"""A quantizer is a pair of functions: init(x) -> state, apply(state, x) -> x_hat."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """How one array becomes a quantized array of the same shape and dtype.
+
+    Attributes:
+      init: ``init(x, *, channel_axis=None) -> state``. channel_axis (an int, a tuple of
+        ints or None for the whole tensor) gets its own parameters, broadcastable to x.
+        Of a ShapeDtypeStruct, the state of a quantizer that has not seen data yet: it
+        lacks what `apply` needs, and that shows in its tree structure.
+      apply: ``apply(state, x) -> x_hat``, straight-through gradients inside.
+      update: ``update(state, x) -> state``, for quantizers that watch their input;
+        the result is always ready for `apply`. None: the state never changes by itself.
+      bits: word length.
+      trained: True if the state is trained by gradient; False if only `update` moves it.
+      ready: ``ready(state) -> bool``, True if `apply` may be called. Looks at the
+        structure alone.
+      settings: canonical JSON text that `from_settings` builds the quantizer from
+        again; "" for one made by hand, which `deploy.load` then cannot replay.
+    """
+
+    init: Callable[..., State]
+    apply: Callable[[State, Any], Any]
+    update: Callable[[State, Any], State] | None = None
+    bits: int = 32
+    trained: bool = False
+    ready: Callable[[State], bool] = lambda state: True
+    settings: str = ""
+
+
+def settings_text(name: str, **settings: Any) -> str:
+    """Canonical JSON of a quantizer's name and settings."""
+    return json.dumps({"name": name, **settings}, sort_keys=True)
+
+
+def channel_axes(channel_axis: int | tuple[int, ...] | None, ndim: int) -> tuple:
+    """The axes that keep their own parameters, as sorted non-negative ints.
+
+    >>> channel_axes(-1, 4)
+    (3,)
+    """
+    if channel_axis is None:
+        return ()
+    axes = (channel_axis,) if isinstance(channel_axis, int) else tuple(channel_axis)
+    for a in axes:
+        if not -ndim <= a < ndim:
+            raise ValueError(
+                f"channel_axis={channel_axis} is outside an array of {ndim} axes: "
+                f"give values from {-ndim} to {ndim - 1}."
+            )
+    return tuple(sorted(a % ndim for a in axes))
