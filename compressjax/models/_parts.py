@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -42,6 +43,16 @@ def batch_norm(*, train: bool, name: str, zero_gamma: bool = False) -> nn.BatchN
         scale_init=zeros if zero_gamma else ones,
         name=name,
     )
+
+
+def max_pool(x: jnp.ndarray) -> jnp.ndarray:
+    """A 3x3 max pool of stride 2 with one pixel of padding on each side.
+
+    >>> max_pool(jnp.zeros((1, 8, 8, 1))).shape
+    (1, 4, 4, 1)
+    """
+    pads: Any = ((1, 1), (1, 1))
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=pads)
 
 
 def variant(table: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:

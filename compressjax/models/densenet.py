@@ -96,7 +96,7 @@ class DenseNet(nn.Module):
         if _parts.one_of(self.stem, ("imagenet", "cifar"), "stem") == "imagenet":
             x = _parts.conv(self.width, 7, stride=2, name="conv1")(x)
             x = nn.relu(_parts.batch_norm(train=train, name="bn1")(x))
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = _parts.max_pool(x)
         else:
             x = _parts.conv(self.width, 3, name="conv1")(x)
         for i, depth in enumerate(self.depths, 1):

@@ -122,7 +122,7 @@ class ResNet(nn.Module):
         x = _parts.conv(self.width, kernel, stride=stride, name="conv1")(x)
         x = nn.relu(_parts.batch_norm(train=train, name="bn1")(x))
         if large:
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = _parts.max_pool(x)
         per_group = self.group_width or self.width // self.groups
         for i, depth in enumerate(self.blocks):
             width = self.width * 2**i
