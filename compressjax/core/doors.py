@@ -144,9 +144,7 @@ def from_nnx(module: Any, *inputs: Any) -> Model:
         if mutable is False:
             return out
         after = collect(nnx.state(copy))
-        return out, {
-            k: v for k, v in after.items() if flax_scope.in_filter(mutable, k)
-        }
+        return out, {k: v for k, v in after.items() if flax_scope.in_filter(mutable, k)}
 
     step = Step.of("from_nnx", module=type(module).__qualname__)
     return Model(apply_fn, collect(state), input_specs(inputs), history=(step,))

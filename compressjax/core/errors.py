@@ -1,12 +1,12 @@
 """The error hierarchy. Every refusal says where, what, why, and the way out.
 
-    CompressionError
-      NoMatchError            a glob, a name or a rule selected nothing           (ValueError)
-      StructureChangedError   a trace no longer has the sites of the first one    (RuntimeError)
-      UnsupportedError        an operation that a pass cannot carry               (NotImplementedError)
-      RefusedError            a pass could, but the result would be wrong         (ValueError)
-      NotCalibratedError      an input quantizer that has seen no data            (RuntimeError)
-      CheckpointError         a saved thing is missing, truncated or altered      (ValueError)
+CompressionError
+  NoMatchError            a glob, a name or a rule selected nothing           (ValueError)
+  StructureChangedError   a trace no longer has the sites of the first one    (RuntimeError)
+  UnsupportedError        an operation that a pass cannot carry               (NotImplementedError)
+  RefusedError            a pass could, but the result would be wrong         (ValueError)
+  NotCalibratedError      an input quantizer that has seen no data            (RuntimeError)
+  CheckpointError         a saved thing is missing, truncated or altered      (ValueError)
 """
 
 import difflib

@@ -68,8 +68,10 @@ class Rewriter:
         """(result of the apply_fn, new states) with the rule at the chosen sites.
 
         ``rule(site, op, x, w, state of the site or None) -> (y, new state or None)``.
-        The states of a site inside `scan` carry a leading layer axis; the rule sees
-        one layer. Only new states that are not None are returned.
+        The states of a site in a scan over layers carry a leading layer axis, and the
+        rule sees one layer; in a recurrence (one weight, many steps) the state goes
+        from step to step, and a state that only comes out is stacked. Only new states
+        that are not None are returned.
         """
         trace = tracing.trace(self.apply_fn, variables, args, kwargs)
         found = self._find(trace)
@@ -82,14 +84,15 @@ class Rewriter:
 
 
 class _Evaluation:
-    """One evaluation of a jaxpr; holds no state between calls."""
+    """One evaluation of a jaxpr."""
 
     def __init__(self, plan: dict[tuple[int, ...], finding.Site], rule: StatefulRule):
         self.plan, self.rule = plan, rule
-        self.entered: dict[tuple[int, ...], list[str]] = {}
+        self.entered: dict[tuple[int, ...], list[finding.Site]] = {}
         for key, site in plan.items():
             for n in range(1, len(key)):
-                self.entered.setdefault(key[:n], []).append(site.name)
+                self.entered.setdefault(key[:n], []).append(site)
+        self.depth = 0  # of scans, while their bodies are traced
 
     def closed(self, jaxpr, values, key, state: States) -> tuple[list[Any], States]:
         new: States = {}
@@ -103,7 +106,8 @@ class _Evaluation:
                     new[self.plan[here].name] = site_state
                 return [out]
             if here in self.entered:
-                inner = {n: state[n] for n in self.entered[here] if n in state}
+                names = [s.name for s in self.entered[here]]
+                inner = {n: state[n] for n in names if n in state}
                 outs, inner_new = self.enter(eqn, ins, here, inner)
                 new.update(inner_new)
                 return outs
@@ -117,9 +121,7 @@ class _Evaluation:
         def op(x, w):
             return tracing.bind(eqn, [x, w] if side == 1 else [w, x])[0]
 
-        out, new = self.rule(
-            site, op, ins[1 - side], ins[side], state.get(site.name)
-        )
+        out, new = self.rule(site, op, ins[1 - side], ins[side], state.get(site.name))
         if jnp.shape(out) != site.out.shape or jnp.result_type(out) != site.out.dtype:
             raise errors.RefusedError(
                 f"the rule returned {jnp.result_type(out)}{list(jnp.shape(out))}, the "
@@ -154,23 +156,29 @@ class _Evaluation:
         p = eqn.params
         n_consts, n_carry = p["num_consts"], p["num_carry"]
         consts = ins[:n_consts]
+        stacked = {s.name for s in self.entered[key] if s.loops[self.depth][1]}
+        per_layer = {n: v for n, v in state.items() if n in stacked}
+        handed_on = {n: v for n, v in state.items() if n not in stacked}
 
         def step(carry, scanned):
-            xs, layer_state = scanned
+            (values, handed_on), (xs, per_layer) = carry, scanned
+            self.depth += 1
             outs, new = self.closed(
-                p["jaxpr"], [*consts, *carry, *xs], key, layer_state
+                p["jaxpr"], [*consts, *values, *xs], key, {**handed_on, **per_layer}
             )
-            return outs[:n_carry], (outs[n_carry:], new)
+            self.depth -= 1
+            updated = {n: new.pop(n, v) for n, v in handed_on.items()}
+            return (outs[:n_carry], updated), (outs[n_carry:], new)
 
-        carry, (ys, new) = jax.lax.scan(
+        (carry, updated), (ys, new) = jax.lax.scan(
             step,
-            ins[n_consts : n_consts + n_carry],
-            (ins[n_consts + n_carry :], state),
+            (ins[n_consts : n_consts + n_carry], handed_on),
+            (ins[n_consts + n_carry :], per_layer),
             length=p["length"],
             reverse=p["reverse"],
             unroll=p["unroll"],
         )
-        return [*carry, *ys], new
+        return [*carry, *ys], {**new, **updated}
 
     def cond(self, eqn, ins, key, state: States):
         index, *operands = ins

@@ -22,10 +22,17 @@ PRODUCTS = ("conv_general_dilated", "dot_general")
 
 
 class Origin(NamedTuple):
-    """The variable leaves (by index) a value depends on, and if it depends on data."""
+    """What a value depends on.
+
+    Attributes:
+      leaves: indices of variable leaves.
+      data: True if it depends on an input.
+      stacked: the depths of the scans around it whose layer axis it was sliced from.
+    """
 
     leaves: frozenset[int]
     data: bool
+    stacked: frozenset[int] = frozenset()
 
     @property
     def is_weight(self) -> bool:
@@ -51,7 +58,9 @@ class Site:
       x, w, out: shapes and dtypes of activation, weight and result.
       weight_side: operand position of the weight (1 for a product of activations).
       scope: module path of the equation, from the name stack.
-      layers: lengths of the scans around it, outermost first; () outside of scan.
+      loops: (length, stacked) of the scans around it, outermost first. Stacked scans
+        run over layers: each step has a weight of its own. In the others (recurrence)
+        all steps share it.
       inside: the loops, branches and custom rules around it, outermost first.
     """
 
@@ -65,8 +74,13 @@ class Site:
     out: jax.ShapeDtypeStruct
     weight_side: int
     scope: str
-    layers: tuple[int, ...] = ()
+    loops: tuple[tuple[int, bool], ...] = ()
     inside: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Lengths of the layer axes, outermost first; () if it is no stack."""
+        return tuple(n for n, stacked in self.loops if stacked)
 
     @property
     def is_conv(self) -> bool:
@@ -166,7 +180,8 @@ class _Finder:
         self.trace = trace
         collections = [p.split("/", 1)[0] for p in trace.paths]
         sizes = [
-            int(np.prod(v.aval.shape)) for v in trace.jaxpr.jaxpr.invars[: len(trace.paths)]
+            int(np.prod(v.aval.shape))
+            for v in trace.jaxpr.jaxpr.invars[: len(trace.paths)]
         ]
         # The leaf that names a weight: trained before not trained, large before small.
         self.rank = [
@@ -245,8 +260,14 @@ class _Finder:
     def scan(self, eqn, ins, place):
         n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
         body = eqn.params["jaxpr"]
-        place = place.within("scan", eqn.params["length"])
-        ins = list(ins)
+        xs = ins[n_consts + n_carry :]
+        over_layers = any(o.is_weight for o in xs)
+        depth = len(place.loops)
+        place = place.within("scan", (eqn.params["length"], over_layers))
+        ins = [
+            *ins[: n_consts + n_carry],
+            *(o._replace(stacked=o.stacked | {depth}) for o in xs),
+        ]
         while True:
             outs = self.closed(body, ins, place.silent())
             carry = ins[n_consts : n_consts + n_carry]
@@ -254,7 +275,8 @@ class _Finder:
             if grown == carry:
                 break
             ins[n_consts : n_consts + n_carry] = grown
-        return self.closed(body, ins, place)
+        outs = self.closed(body, ins, place)
+        return [o._replace(stacked=o.stacked - {depth}) for o in outs]
 
     def loop(self, eqn, ins, place):
         nc, nb = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -268,7 +290,7 @@ class _Finder:
                 eqn.params["body_jaxpr"], [*body_consts, *carry], place.silent()
             )
             grown = [
-                Origin(a.leaves | b.leaves, a.data or b.data or stop.data)
+                _join((a, b))._replace(data=a.data or b.data or stop.data)
                 for a, b in zip(carry, outs, strict=True)
             ]
             if grown == list(carry):
@@ -291,10 +313,12 @@ class _Finder:
         if not place.record:
             return
         left, right = ins[:2]
-        if left.is_weight == right.is_weight:
-            if not (left.data and right.data):
-                return  # weight x weight, or a constant: not yet a use
+        if not (left.data or right.data):
+            return  # weight x weight or weight x constant: still a weight
+        if left.data and right.data:
             side, leaf, leaves = 1, None, ()
+        elif not (left.is_weight or right.is_weight):
+            return  # activation x constant
         else:
             side = 1 if right.is_weight else 0
             indices = sorted(ins[side].leaves)
@@ -314,7 +338,10 @@ class _Finder:
             out=_spec(eqn.outvars[0].aval),
             weight_side=side,
             scope=place.scope,
-            layers=place.layers,
+            loops=tuple(
+                (n, depth in ins[side].stacked if leaf else over_layers)
+                for depth, (n, over_layers) in enumerate(place.loops)
+            ),
             inside=place.inside,
         )
 
@@ -324,7 +351,7 @@ class _Place(NamedTuple):
 
     key: tuple[int, ...] = ()
     scope: str = ""
-    layers: tuple[int, ...] = ()
+    loops: tuple[tuple[int, bool], ...] = ()
     inside: tuple[str, ...] = ()
     record: bool = True
 
@@ -333,10 +360,8 @@ class _Place(NamedTuple):
             key=(*self.key, i), scope=tracing.scope_of(eqn, self.scope)
         )
 
-    def within(self, name: str, *length: int) -> "_Place":
-        return self._replace(
-            layers=(*self.layers, *length), inside=(*self.inside, name)
-        )
+    def within(self, name: str, *loop: tuple[int, bool]) -> "_Place":
+        return self._replace(loops=(*self.loops, *loop), inside=(*self.inside, name))
 
     def branch(self, k: int) -> "_Place":
         return self._replace(key=(*self.key, k))
@@ -346,8 +371,11 @@ class _Place(NamedTuple):
 
 
 def _join(origins: Sequence[Origin]) -> Origin:
-    leaves: frozenset[int] = frozenset().union(*(o.leaves for o in origins))
-    return Origin(leaves, any(o.data for o in origins))
+    return Origin(
+        frozenset().union(*(o.leaves for o in origins)),
+        any(o.data for o in origins),
+        frozenset().union(*(o.stacked for o in origins)),
+    )
 
 
 def _spec(aval: Any) -> jax.ShapeDtypeStruct:
@@ -368,8 +396,9 @@ def _module_path(scope: str) -> str:
     >>> _module_path("vmap(ViT)/attn/bqhd,bkhd->bhqk")
     'ViT/attn/'
     """
-    unwrapped = re.sub(r"\b\w+\(([^()]*)\)", r"\1", re.sub(r"\w+\(\)/?", "", scope))
-    parts = [p for p in unwrapped.split("/") if re.fullmatch(r"[\w.\-]+", p)]
+    while (inner := re.sub(r"\w+\(([^()]*)\)", r"\1", scope)) != scope:
+        scope = inner
+    parts = [p for p in scope.split("/") if re.fullmatch(r"[\w.\-]+", p)]
     return "".join(f"{p}/" for p in parts)
 
 
@@ -391,4 +420,3 @@ def sites(model: Any, where: str = "**", **kwargs: Any) -> tuple[Site, ...]:
     found = find(tracing.trace_model(model, **kwargs), model.trainable)
     chosen = found.select(where)
     return tuple(s for s in found.sites if s.name in chosen)
-
