@@ -1,0 +1,42 @@
+"""Runs of the trainer in processes of their own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+TINY = "tests/train/tiny.py"
+
+
+def command(workdir, cache_dir, *overrides, config=TINY):
+    return [
+        sys.executable,
+        "-m",
+        "train.main",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        f"--config.cache_dir={cache_dir}",
+        *overrides,
+    ]
+
+
+def start(workdir, cache_dir, *overrides, devices=1, config=TINY):
+    """A run in a process of its own, with so many CPU devices."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        command(workdir, cache_dir, *overrides, config=config),
+        cwd=REPO,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    """The output of a run that must end with this code."""
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code, output
+    return output

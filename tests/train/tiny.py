@@ -1,0 +1,54 @@
+"""A run of a few seconds, for the tests: two stages of a small network on digits."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+import compressjax as cj
+from train import config as configs
+
+
+class Net(nn.Module):
+    """A convolution, batch norm, dropout, a dense layer."""
+
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        x = nn.Conv(8, (3, 3), strides=2, use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        x = nn.Dropout(0.1, deterministic=not train)(x.reshape(x.shape[0], -1))
+        return nn.Dense(10)(x)
+
+
+def build(config, key, images):
+    x = jnp.zeros(images.shape)
+    return cj.from_linen(Net(), jax.jit(Net().init)(key, x), x)
+
+
+def halve(model, ctx):
+    """A transform that needs the batches, and is deterministic."""
+    mean = sum(float(jnp.mean(jnp.abs(x))) for (x,) in ctx.batches)
+    scale = 0.5 + 0.0 * mean
+    params = jax.tree.map(lambda p: p * scale, model.variables["params"])
+    return model.replace(variables={**model.variables, "params": params})
+
+
+def adam(model, ctx):
+    return optax.adam(optax.cosine_decay_schedule(1e-2, max(ctx.steps, 1)))
+
+
+def get_config():
+    return configs.Config(
+        build=build,
+        images=configs.Images("digits", pad=1, flip=True, mean=(0.3,), std=(0.4,)),
+        batch_size=64,
+        test_batch_size=104,
+        calibration=96,
+        checkpoint_every=7,
+        stages=[
+            configs.Stage("float", optimizer=adam, epochs=3),
+            configs.Stage("half", transform=halve, optimizer=adam, epochs=2),
+            configs.Stage("last", transform=halve),
+        ],
+        report=configs.Report(enabled=False),
+    )

@@ -1,0 +1,211 @@
+"""What an experiment is made of: Config, Images, Stage, Context.
+
+A config is plain data; every field can be set on the command line
+(``--config.batch_size=64 --config.stages[1].epochs=3``). What does not exist when the
+file is read (batches, the teacher, a key, the number of steps) reaches a stage through
+its Context. Field types are real types, not text, so that flags can be checked.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import optax
+
+import compressjax as cj
+
+Array = Any
+
+# Fields that change where and how fast a run goes, never its numbers.
+FREE = (
+    "data_dir",
+    "cache_dir",
+    "hosts",
+    "checkpoint_every",
+    "report",
+    "images.workers",
+)
+
+
+@dataclasses.dataclass
+class Images:
+    """A TFDS image set, and what happens to its pictures.
+
+    Attributes:
+      name: TFDS name, such as ``fashion_mnist``; ``digits`` needs no download.
+      train: split to train on.
+      test: split that is evaluated, each example once.
+      classes: number of labels.
+      size: pictures are brought to size x size; 0 keeps them as stored.
+      pad: random crops out of this many zero pixels on each side.
+      flip: mirror half of the training pictures.
+      mean: per channel, of pixels in 0..1.
+      std: per channel, of pixels in 0..1.
+      in_memory: keep the set in memory as uint8; otherwise read through grain.
+      workers: grain processes that decode, when not in memory; 0 decodes in threads.
+    """
+
+    name: str = "digits"
+    train: str = "train"
+    test: str = "test"
+    classes: int = 10
+    size: int = 0
+    pad: int = 0
+    flip: bool = False
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.25,)
+    in_memory: bool = True
+    workers: int = 0
+
+
+@dataclasses.dataclass
+class Hosts:
+    """`jax.distributed`: empty coordinator for one process, ``auto`` to detect."""
+
+    coordinator: str = ""
+    count: int = 1
+    index: int = 0
+
+
+@dataclasses.dataclass
+class Report:
+    """What the report measures: latency at these batch sizes, in so many rounds."""
+
+    enabled: bool = True
+    batches: tuple[int, ...] = (1, 32)
+    rounds: int = 15
+
+
+def cross_entropy(smoothing: float = 0.0) -> Callable[..., Array]:
+    """Softmax cross entropy: ``(logits, batch, teacher) -> f32[B]``."""
+
+    def loss(logits: Array, batch: dict[str, Array], teacher: Any) -> Array:
+        target = jax.nn.one_hot(batch["label"], logits.shape[-1])
+        target = optax.smooth_labels(target, smoothing)
+        return optax.softmax_cross_entropy(logits, target)
+
+    return loss
+
+
+@dataclasses.dataclass
+class Stage:
+    """One line of an experiment: change the network, then train it.
+
+    Attributes:
+      name: used in the report, the metrics and the names of files.
+      transform: ``(model, ctx) -> Model``; None keeps the Model. It must be a pure
+        function of its arguments: a resumed run calls it again.
+      optimizer: ``(model, ctx) -> optax transformation``; may be None without epochs.
+      epochs: passes over the training set; 0 only transforms and evaluates.
+      loss: ``(output, batch, teacher) -> f32[B]``; batch has image, label and mask,
+        teacher is the Model at the end of the first stage, None in the first.
+    """
+
+    name: str
+    transform: Callable[[cj.Model, "Context"], cj.Model] | None = None
+    optimizer: Callable[[cj.Model, "Context"], Any] | None = None
+    epochs: int = 0
+    loss: Callable[..., Array] = dataclasses.field(default_factory=cross_entropy)
+
+
+@dataclasses.dataclass
+class Config:
+    """An experiment. Copy a file in configs/ to start a new one.
+
+    Attributes:
+      build: ``(config, key, images) -> Model``; images is a ShapeDtypeStruct, NHWC.
+      batch_size: examples in a training step, over all devices.
+      test_batch_size: examples in an evaluation step, over all devices.
+      calibration: training examples that a stage finds in ``ctx.batches``.
+      checkpoint_every: steps between checkpoints; one more is made at each epoch end.
+      keep: checkpoints kept of each stage, its last one among them.
+      fsdp: split variables and optimiser over the devices too.
+      tune: train through tuned lowerings, chosen before step 0 and saved.
+      data_dir: where TFDS sets are; None is TFDS_DATA_DIR or TFDS's own default.
+      cache_dir: where the embedded set and .npz caches live; None is the user's cache.
+    """
+
+    build: Callable[["Config", Array, Any], cj.Model]
+    stages: list[Stage]
+    images: Images = dataclasses.field(default_factory=Images)
+    seed: int = 0
+    batch_size: int = 128
+    test_batch_size: int = 500
+    calibration: int = 512
+    checkpoint_every: int = 0
+    keep: int = 2
+    fsdp: bool = False
+    tune: bool = False
+    data_dir: str | None = None
+    cache_dir: str | None = None
+    hosts: Hosts = dataclasses.field(default_factory=Hosts)
+    report: Report = dataclasses.field(default_factory=Report)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a stage may use that does not exist when the config is read.
+
+    Attributes:
+      config: the config, overrides applied.
+      batches: re-iterable of input tuples, taken from the training set.
+      teacher: the Model at the end of the first stage; None in the first stage.
+      key: a key of this stage alone.
+      steps: training steps of this stage.
+      steps_per_epoch: training steps of one epoch.
+    """
+
+    config: Any
+    batches: Iterable[tuple[Array, ...]]
+    teacher: cj.Model | None
+    key: Array
+    steps: int
+    steps_per_epoch: int
+
+
+def check(config: Config) -> Config:
+    """The config, or an error that names the field, before any data loads."""
+    names = [stage.name for stage in config.stages]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"config.stages need distinct names, got {names}.")
+    for field in ("batch_size", "test_batch_size", "calibration", "keep"):
+        if getattr(config, field) < 1:
+            raise ValueError(
+                f"config.{field} is {getattr(config, field)}; it must be at least 1."
+            )
+    for i, stage in enumerate(config.stages):
+        if stage.epochs < 0:
+            raise ValueError(f"config.stages[{i}].epochs is {stage.epochs}; 0 or more.")
+        if stage.epochs and stage.optimizer is None:
+            raise ValueError(
+                f'config.stages[{i}] ("{stage.name}") trains for {stage.epochs} epochs '
+                "and has no optimizer: give it one, or 0 epochs."
+            )
+    return config
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """{field: text} of everything that decides a run's numbers; functions by name."""
+    found: dict[str, Any] = {}
+
+    def visit(path: str, value: Any) -> None:
+        if path in FREE:
+            return
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            for field in dataclasses.fields(value):
+                below = f"{path}.{field.name}" if path else field.name
+                visit(below, getattr(value, field.name))
+        elif isinstance(value, list | tuple) and any(
+            dataclasses.is_dataclass(v) for v in value
+        ):
+            for i, v in enumerate(value):
+                visit(f"{path}[{i}]", v)
+        elif callable(value):
+            found[path] = getattr(value, "__qualname__", type(value).__name__)
+        else:
+            found[path] = json.loads(json.dumps(value, default=repr))
+
+    visit("", config)
+    return found

@@ -1,0 +1,352 @@
+"""A run, from top to bottom: mesh, data, model, stages, optimiser, step, loop.
+
+Resume law: killed at any moment and started again with the same command, a run ends
+with the same metrics and weights, bit for bit (same machine, versions and thread
+count). So everything here is a function of (config, stage, step):
+
+    order of the examples   (seed, stage, epoch)          images.order
+    augmentation, dropout   (seed, stage, step)           jax.random.fold_in
+    the Model of a stage    (Model of the stage before)   Stage.transform, called again
+    weights, optimiser, sums of metrics, counters         checkpoints
+    metrics                 cut to what the checkpoint knows
+"""
+
+import collections
+import json
+import math
+import pathlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+import compressjax as cj
+from compressjax.core import errors
+from train import augment, checkpoints, images, metrics, step
+from train import config as configs
+from train import mesh as meshes
+
+AHEAD = 4  # steps that may be on their way to the device
+
+
+class Stopped(Exception):
+    """SIGTERM came; everything is saved."""
+
+
+class Terminate:
+    """True once SIGTERM has come, on all hosts at the same step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.checks = 0
+
+    def __enter__(self) -> "Terminate":
+        if jax.process_count() == 1:
+            self.before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def __call__(self) -> bool:
+        if jax.process_count() == 1:
+            return self.asked
+        self.checks += 1
+        return meshes.stop_everywhere(self.checks)
+
+
+class Batches:
+    """Input tuples for calibration: the same pictures at every pass, normalised."""
+
+    def __init__(self, split: Any, config: configs.Config):
+        order = images.order(len(split), 1, seed=config.seed, stage=0, epoch=0)
+        self.indices = order[: config.calibration, 0]
+        self.split, self.size = split, min(config.batch_size, len(self.indices))
+        self.normalise = augment.normalise(config.images)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        for i in range(0, len(self.indices), self.size):
+            rows = self.split.rows(self.indices[i : i + self.size])
+            yield (self.normalise(rows["image"]),)
+
+
+def run(config: configs.Config, workdir: str) -> dict[str, Any] | None:
+    """Train what the config says, in `workdir`; returns the report.
+
+    Raises:
+      Stopped: after SIGTERM, once the state is saved.
+    """
+    configs.check(config)
+    root = pathlib.Path(workdir)
+    root.mkdir(parents=True, exist_ok=True)
+    check_same_config(config, root)
+
+    # Mesh
+    mesh = meshes.make()
+    meshes.check_batch(config.batch_size, mesh, "batch_size")
+    meshes.check_batch(config.test_batch_size, mesh, "test_batch_size")
+
+    # Data
+    train_split = images.open_split(config, config.images.train)
+    test_split = images.open_split(config, config.images.test)
+    per_epoch = len(train_split) // config.batch_size
+    if per_epoch < 1:
+        raise ValueError(
+            f"config.batch_size is {config.batch_size}, and {config.images.name} has "
+            f"{len(train_split)} training examples."
+        )
+
+    # What a run goes on from
+    bar = metrics.Bar()
+    lasts = [stage.epochs * per_epoch for stage in config.stages]
+    saved = checkpoints.Checkpoints(root, lasts, keep=config.keep, say=bar.say)
+    best = saved.latest()
+    record = metrics.Metrics(root, saved.notes(best)["sizes"] if best else {})
+    bar.say(
+        f"{config.images.name}: {len(train_split)} training and {len(test_split)} test "
+        f"examples; {mesh.size} device{'s' * (mesh.size > 1)}"
+        + (f"; going on from checkpoint {best.name}" if best else "")
+    )
+
+    # Model
+    key = jax.random.key(config.seed)
+    shape = jax.ShapeDtypeStruct((1, *train_split.shape), np.float32)
+    model = config.build(config, jax.random.fold_in(key, 0), shape)
+
+    # Stages
+    done: list[cj.Model] = []
+    batches = Batches(train_split, config)
+    try:
+        with Terminate() as terminate:
+            for i, stage in enumerate(config.stages):
+                ctx = configs.Context(
+                    config=config,
+                    batches=batches,
+                    teacher=done[0] if done else None,
+                    key=jax.random.fold_in(key, i + 1),
+                    steps=lasts[i],
+                    steps_per_epoch=per_epoch,
+                )
+                model = run_stage(
+                    i,
+                    stage,
+                    stage.transform(model, ctx) if stage.transform else model,
+                    ctx,
+                    mesh=mesh,
+                    splits=(train_split, test_split),
+                    saved=saved,
+                    best=best,
+                    record=record,
+                    bar=bar,
+                    terminate=terminate,
+                )
+                done.append(model)
+    finally:
+        bar.end()
+        record.close()
+
+    # Report
+    if not config.report.enabled or not meshes.is_first():
+        return None
+    from train import report
+
+    return report.write(config, root, done, record.rows(), bar.say)
+
+
+def run_stage(
+    index: int,
+    stage: configs.Stage,
+    model: cj.Model,
+    ctx: configs.Context,
+    *,
+    mesh: Any,
+    splits: tuple[Any, Any],
+    saved: checkpoints.Checkpoints,
+    best: checkpoints.Place | None,
+    record: metrics.Metrics,
+    bar: metrics.Bar,
+    terminate: Terminate,
+) -> cj.Model:
+    """Train one stage, from its start or from a checkpoint; returns its Model."""
+    config = ctx.config
+    train_split, test_split = splits
+    before = sum(s.epochs for s in config.stages[:index]) * ctx.steps_per_epoch
+    last = checkpoints.Place(index, ctx.steps)
+
+    # Optimiser and state
+    apply_fn = model.apply_fn
+    if config.tune and stage.epochs:
+        apply_fn = tuned(model, saved.root.parent / "lowerings", stage.name).apply_fn
+    optimizer = stage.optimizer(model, ctx) if stage.optimizer else _nothing()
+    state = step.init_state(model, optimizer)
+    shardings = meshes.state_shardings(state, mesh, fsdp=config.fsdp)
+    state = meshes.put(state, shardings)
+    teacher = None
+    if ctx.teacher is not None:
+        copied = jax.tree.map(lambda _: meshes.replicated(mesh), ctx.teacher)
+        teacher = meshes.put(ctx.teacher, copied)
+
+    # Step
+    train_step = jax.jit(
+        step.train_step(
+            apply_fn, optimizer, stage.loss, augment.augment(config.images)
+        ),
+        donate_argnums=0,
+        out_shardings=(shardings, meshes.replicated(mesh)),
+    )
+    evaluate_step = jax.jit(
+        step.evaluate_step(
+            model.apply_fn, stage.loss, augment.normalise(config.images)
+        ),
+        out_shardings=meshes.replicated(mesh),
+    )
+
+    def log(epoch: int, at: int, state: step.State) -> None:
+        variables = step.with_state(model, state).variables
+        tested = evaluate(evaluate_step, variables, teacher, test_split, config, mesh)
+        sums = {k: float(v) for k, v in meshes.get(state["sums"]).items()}
+        values = {**step.averages(sums, "train"), **step.averages(tested, "test")}
+        where = {"stage": stage.name, "epoch": epoch, "step": at}
+        record.write({**where, "total_step": before + at}, values)
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+        bar.say(f"{stage.name}  epoch {epoch}/{stage.epochs}  {shown}")
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f'stage "{stage.name}", epoch {epoch}: {name} is {value}. '
+                    "Lower the learning rate, or clip the gradients."
+                )
+
+    def save(at: int, state: step.State) -> None:
+        history = [[s.name, s.text] for s in model.history]
+        notes = {"sizes": record.sizes(), "stage": stage.name, "history": history}
+        saved.save(checkpoints.Place(index, at), state, notes)
+
+    # Where to start
+    place = last if best and best.stage > index else best
+    if place and place.stage == index:
+        state, notes = saved.restore(place, state)
+        check_same_history(model, notes["history"], stage.name)
+    else:
+        log(0, 0, state)
+        save(0, state)
+    if terminate():
+        raise Stopped(f'stopped before stage "{stage.name}"; the state is saved.')
+
+    # Loop
+    at = int(meshes.get(state["step"]))
+    for epoch in range(at // ctx.steps_per_epoch, stage.epochs):
+        first = at - epoch * ctx.steps_per_epoch
+        order = images.order(
+            len(train_split),
+            config.batch_size,
+            seed=config.seed,
+            stage=index,
+            epoch=epoch,
+        )
+        bar.begin(f"{stage.name} {epoch + 1}/{stage.epochs}", len(order), first)
+        flying: collections.deque[Any] = collections.deque()
+        for rows in train_split.stream(meshes.local(order[first:])):
+            batch = meshes.share(rows, mesh)
+            state, loss = train_step(state, batch, ctx.key, teacher)
+            at += 1
+            bar.advance()
+            flying.append(loss)
+            if len(flying) > AHEAD:
+                jax.block_until_ready(flying.popleft())
+            stop = terminate()
+            in_epoch = at % ctx.steps_per_epoch != 0
+            every = config.checkpoint_every
+            if in_epoch and (stop or (every and at % every == 0)):
+                save(at, state)
+            if in_epoch and stop:
+                raise Stopped(f'stopped in stage "{stage.name}", step {at}; saved.')
+        bar.end()
+        log(epoch + 1, at, state)
+        sums = jax.tree.map(np.zeros_like, meshes.get(state["sums"]))
+        state = {**state, "sums": meshes.put(sums, shardings["sums"])}
+        save(at, state)
+        if terminate():
+            raise Stopped(f'stopped in stage "{stage.name}", epoch {epoch + 1}; saved.')
+    return step.with_state(model, meshes.get(state))
+
+
+def evaluate(
+    evaluate_step: Any,
+    variables: Any,
+    teacher: Any,
+    split: Any,
+    config: configs.Config,
+    mesh: Any,
+) -> dict[str, float]:
+    """Sums over a split: every example once, the last batch padded and masked."""
+    size = config.test_batch_size
+    steps = -(-len(split) // size)
+    order = np.full(steps * size, -1)
+    order[: len(split)] = np.arange(len(split))
+    order = meshes.local(order.reshape(steps, size))
+    totals = dict.fromkeys(step.SUMS, 0.0)
+    found = []
+    for rows, indices in zip(split.stream(np.maximum(order, 0)), order, strict=True):
+        rows = {**rows, "mask": (indices >= 0).astype(np.float32)}
+        found.append(evaluate_step(variables, meshes.share(rows, mesh), teacher))
+        if len(found) > AHEAD:
+            jax.block_until_ready(found[-AHEAD])
+    for sums in found:
+        for name, value in meshes.get(sums).items():
+            totals[name] += float(value)
+    return totals
+
+
+def _nothing() -> Any:
+    import optax
+
+    return optax.set_to_zero()
+
+
+def tuned(model: cj.Model, folder: pathlib.Path, name: str) -> cj.Model:
+    """The Model with the lowerings chosen for this machine; chosen once, then read."""
+    raise NotImplementedError
+
+
+def check_same_history(model: cj.Model, saved: list[Any], stage: str) -> None:
+    """A stage's transform must do again what it did before the run was stopped."""
+    now = [[s.name, s.text] for s in model.history]
+    if now != saved:
+        changed = [a[0] for a, b in zip(now, saved, strict=False) if a != b]
+        raise errors.CheckpointError(
+            "its transform gave another Model than before the run was stopped "
+            f"(at {', '.join(changed) or 'its length'}).",
+            path=stage,
+            operation="resume",
+            remedy="A transform must be a pure function of (model, ctx). "
+            "Use a new --workdir if the code was changed.",
+        )
+
+
+def check_same_config(config: configs.Config, root: pathlib.Path) -> None:
+    """A workdir belongs to one config; anything else would mix two runs."""
+    path = root / "config.json"
+    now = configs.describe(config)
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = sorted(
+            k for k in {*now, *before} if now.get(k, "-") != before.get(k, "-")
+        )
+        if changed:
+            lines = ", ".join(
+                f"{k}: {before.get(k, '-')} then, {now.get(k, '-')} now"
+                for k in changed
+            )
+            raise ValueError(
+                f"{root} holds a run of another config ({lines}). "
+                "Use another --workdir, or remove this one."
+            )
+    elif meshes.is_first():
+        checkpoints.write_text(path, json.dumps(now, indent=1))
