@@ -47,4 +47,5 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 def prepare(data_dir: str) -> None:
     """Write the set below `data_dir`, if it is not there."""
+    tfds.disable_progress_bar()
     Digits(data_dir=data_dir, file_format="array_record").download_and_prepare()

@@ -11,6 +11,7 @@ import os
 import pathlib
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -230,12 +231,12 @@ def _cache_path(
 
 def _read_cache(path: pathlib.Path) -> Memory | None:
     """The cached split, or None where there is none or it does not read back."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return Memory(stored["pixels"], stored["labels"])
-    except (OSError, ValueError, KeyError, EOFError):
+    if not path.exists():
         return None
-    except Exception as error:  # zipfile's and zlib's own: a damaged cache
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            return Memory(stored["pixels"], stored["labels"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         print(f"{path} is damaged ({error}); reading the set again.", flush=True)
         return None
 

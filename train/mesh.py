@@ -91,7 +91,7 @@ def get(tree: Tree) -> Tree:
 
 
 def share(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """This host's rows of a batch, as its part of a batch that is split over the mesh."""
+    """This host's rows, as its part of a batch that is split over the mesh."""
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
     return {
         k: jax.make_array_from_process_local_data(sharding, x) for k, x in rows.items()

@@ -18,7 +18,7 @@ SUMS = ("loss", "correct", "count")
 def init_state(model: cj.Model, optimizer: Any) -> State:
     """Everything that a step changes: variables, optimiser, counters, sums of metrics.
 
-    `sums` are of the epoch so far, so that an epoch cut in two reports like a whole one.
+    `sums` are of the epoch so far: an epoch cut in two reports like a whole one.
     """
     trained = model.select_trainable()
     rest = {k: v for k, v in model.variables.items() if k not in trained}
