@@ -1,12 +1,14 @@
 """The error hierarchy. Every refusal says where, what, why, and the way out.
 
 CompressionError
-  NoMatchError            a glob, a name or a rule selected nothing           (ValueError)
-  StructureChangedError   a trace no longer has the sites of the first one    (RuntimeError)
-  UnsupportedError        an operation that a pass cannot carry               (NotImplementedError)
-  RefusedError            a pass could, but the result would be wrong         (ValueError)
-  NotCalibratedError      an input quantizer that has seen no data            (RuntimeError)
-  CheckpointError         a saved thing is missing, truncated or altered      (ValueError)
+  NoMatchError            a glob, a name or a rule selected nothing
+  StructureChangedError   a trace no longer has the sites of the first one
+  UnsupportedError        an operation that a pass cannot carry
+  RefusedError            a pass could, but the result would be wrong
+  NotCalibratedError      an input quantizer that has seen no data
+  CheckpointError         a saved thing is missing, truncated or altered
+
+Each is also the built-in error it resembles (ValueError, RuntimeError, ...).
 """
 
 import difflib

@@ -154,7 +154,7 @@ class _Evaluation:
 
     def scan(self, eqn, ins, key, state: States):
         p = eqn.params
-        n_consts, n_carry = p["num_consts"], p["num_carry"]
+        n_consts, n_carry = tracing.scan_sizes(eqn)
         consts = ins[:n_consts]
         stacked = {s.name for s in self.entered[key] if s.loops[self.depth][1]}
         per_layer = {n: v for n, v in state.items() if n in stacked}

@@ -161,8 +161,8 @@ class Found(NamedTuple):
             for leaf in hidden.leaves:
                 if trees.matches(where, leaf):
                     raise errors.UnsupportedError(
-                        f'a product with this weight stands inside "{hidden.primitive}"'
-                        f' at "{hidden.scope or "top level"}", which cannot be entered.',
+                        f'it is used inside "{hidden.primitive}", which no pass can '
+                        f'enter (module path "{hidden.scope}").',
                         path=leaf,
                         operation=hidden.primitive,
                         remedy="Exempt the leaf with a narrower `where`.",
@@ -258,7 +258,7 @@ class _Finder:
         return [_join(ins)] * len(eqn.outvars)
 
     def scan(self, eqn, ins, place):
-        n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        n_consts, n_carry = tracing.scan_sizes(eqn)
         body = eqn.params["jaxpr"]
         xs = ins[n_consts + n_carry :]
         over_layers = any(o.is_weight for o in xs)

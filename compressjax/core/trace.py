@@ -160,6 +160,14 @@ def bodies(eqn: Equation) -> list[Jaxpr]:
     return list(jex.core.jaxprs_in_params(eqn.params))
 
 
+def scan_sizes(eqn: Equation) -> tuple[int, int]:
+    """(number of constants, number of carried values) of a scan equation."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].elts  # since jax 0.12
+    return len(list(consts)), len(list(carry))
+
+
 def evaluate(
     jaxpr: ClosedJaxpr,
     values: Sequence[Any],
