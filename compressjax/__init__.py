@@ -1,5 +1,12 @@
 """compressjax makes any JAX network smaller and faster, as pure functions."""
 
+from compressjax import costs as costs
+from compressjax import deploy as deploy
+from compressjax import merge as merge
+from compressjax import models as models
+from compressjax import prune as prune
+from compressjax import quantize as quantize
+from compressjax._explain import explain as explain
 from compressjax.core.doors import from_equinox as from_equinox
 from compressjax.core.doors import from_function as from_function
 from compressjax.core.doors import from_linen as from_linen

@@ -172,11 +172,19 @@ def from_equinox(
       inputs: arrays or ShapeDtypeStructs, batch axis first.
       batched: True for the usual module of one example: it is mapped over the batch
         (axis name "batch"); False if the module takes a batch.
+
+    Raises:
+      TypeError: if `module` holds no arrays, such as a function around a module.
     """
     import equinox as eqx
 
     params, static = eqx.partition(module, eqx.is_inexact_array)
     params_tree, keys, leaves = _by_path(params)
+    if not leaves:
+        raise TypeError(
+            f"{type(module).__name__} holds no arrays; from_equinox takes an "
+            "equinox.Module. For a function use from_function(fn, params, *inputs)."
+        )
     variables = {"params": trees.unflat(dict(zip(keys, leaves, strict=True)))}
     if state is not None:
         state_leaves, state_tree = jax.tree.flatten(state)
