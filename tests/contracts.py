@@ -1,0 +1,82 @@
+"""The contract table: what every method that changes a network must keep.
+
+A row is a name and a transform; `tests/test_contracts.py` checks each row: jit equals
+eager, one compilation for two calls, shapes and dtypes as the float network, vmap, two
+devices by shardings and by pmap, finite gradients (also of a zero network), and the
+trip through a checkpoint. To add a method, add its row.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import compressjax as cj
+
+X = jax.random.normal(jax.random.key(11), (4, 6, 6, 3))
+
+
+class Tiny(nn.Module):
+    """Two convolutions with BN, a residual, a dense head."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+        x = nn.relu(norm(name="bn1")(nn.Conv(4, (3, 3), name="conv1")(x)))
+        y = nn.relu(norm(name="bn2")(nn.Conv(6, (3, 3), name="conv2")(x)))
+        x = nn.relu(x + nn.Conv(4, (1, 1), name="conv3")(y))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+@functools.cache
+def network() -> cj.Model:
+    """`Tiny` with weights, norms and statistics away from their initial values."""
+    net = Tiny()
+    variables = net.init(jax.random.key(0), X)
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [
+        x + 0.3 * jnp.abs(jax.random.normal(k, x.shape))
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return cj.from_linen(net, jax.tree.unflatten(tree, moved), X)
+
+
+def batches():
+    return [(X,), (X + 0.1,)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """One row.
+
+    Attributes:
+      transform: Model -> Model.
+      out: picks the network's output from what the apply returns.
+      grad: False for integer networks.
+      trains: False if the result is for evaluation only.
+      bfloat16: False if the inputs must be float32.
+    """
+
+    transform: object
+    out: object = lambda y: y
+    grad: bool = True
+    trains: bool = True
+    bfloat16: bool = True
+
+
+def keep_half():
+    return {
+        g.name: np.arange(g.size) % 2 == 0
+        for g in cj.prune.groups(network())
+        if g.prunable
+    }
+
+
+MODELS = {
+    "rewrite": Contract(cj.rewrite(lambda site, op, x, w: op(x, w / 2) + 1)),
+    "capture": Contract(cj.capture(), out=lambda y: y[0]),
+}
