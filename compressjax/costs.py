@@ -6,7 +6,7 @@
     bops     sum over the sites of macs * weight bits * input bits
     bytes    the variables as saved: the weight of a site at its bits, rounded up to
              whole bytes leaf by leaf; scales, biases and statistics in their own type;
-             masks at one bit
+             masks at one bit; random streams do not count
 
 Everything is read from the trace and from the Model: bits from `Model.bits`, masks from
 the collection "masks", integer codes from the type of the leaf. No data is needed,
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich import box, console, jupyter, table, text
 
-from compressjax.core import errors, macs, trace, trees
+from compressjax.core import errors, lowered, macs, trace, trees
 from compressjax.core.model import Model
 from compressjax.core.sites import Site
 
@@ -162,7 +162,7 @@ def count(model: Model, **kwargs: Any) -> Costs:
         bytes=sum(
             -(-math.prod(leaf.shape) * stored.get(path, _width(leaf.dtype)) // 8)
             for path, leaf in leaves.items()
-            if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+            if not path.startswith("rngs/")
         ),
         rows=tuple(rows),
     )
@@ -174,7 +174,8 @@ def _sites_of_one_example(model: Model, kwargs: Mapping[str, Any]):
 
     one = jax.tree.map(first, model.inputs)
     try:
-        traced = trace.trace(model.apply_fn, model.variables, one, dict(kwargs))
+        fn = lowered.plain(model.apply_fn)
+        traced = trace.trace(fn, model.variables, one, dict(kwargs))
     except (TypeError, ValueError) as error:
         raise errors.UnsupportedError(
             f"the network cannot be traced with one example: {error}",
@@ -283,6 +284,8 @@ class Report(jupyter.JupyterMixin):
         with plain.capture() as captured:
             plain.print(self)
         return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+    __repr__ = __str__
 
 
 def report(model: Model, **kwargs: Any) -> Report:

@@ -115,5 +115,5 @@ class Counted(sites._Finder):
 
     def product(self, eqn, ins, place):
         super().product(eqn, ins, place)
-        if not any(-1 in o.leaves for o in ins[:2]):
+        if place.record and not any(-1 in o.leaves for o in ins[:2]):
             self.direct.add(place.key)
