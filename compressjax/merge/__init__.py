@@ -1,1 +1,3 @@
+"""Merging layers: fewer operations that compute the same function."""
 
+from compressjax.merge._fuse import fuse as fuse

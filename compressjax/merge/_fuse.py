@@ -1,0 +1,450 @@
+"""Fuse affine segments: a convolution or dense layer takes in what is affine around it.
+
+In evaluation mode batch normalization is one multiplication and one addition per
+channel, t = gamma / sqrt(var + eps), so that after a convolution with kernel K, bias b0
+
+    BN(K * x + b0) = (t K) * x  +  beta + (b0 - mu) t
+
+and before a product that sees no zero padding
+
+    K * (t x + c)  = (K t) * x  +  sum_{taps, in} K c           t, c per input channel.
+
+Nothing here knows batch normalization: any run of + - x / with variables, one number
+per channel, in any order and from any library, is a pair (t, c) over the product next
+to it. eps, its place under the root and a missing gain are what the program says. The
+fold is done in float64 and rounded once.
+
+Differs from folding by layer type: works on the jaxpr, so on any network; layer scales,
+stacked biases and standardised weights go too.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import scope as flax_scope
+
+from compressjax.core import errors, trees
+from compressjax.core import trace as tracing
+from compressjax.core.model import Model, Row, Step, Transform
+from compressjax.merge import _float64, _segments
+
+# Keywords that choose between training and evaluation: a fused network has only the
+# second, so they stop here.
+TRAINING = ("train", "mutable", "rngs")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What to fuse in one trace, by site name, and why not the others."""
+
+    program: _segments.Program
+    segments: tuple[_segments.Segment, ...]
+    reasons: Mapping[str, str]
+    bias: Mapping[str, str]  # {site: path of its bias}
+    dropped: frozenset[str]  # leaves that nothing reads any more
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(s.site.name for s in self.segments)
+
+    def signature(self) -> dict[str, Any]:
+        """{site: what was folded}: must be the same at every trace."""
+        return {s.site.name: s.signature(self.program) for s in self.segments}
+
+
+def fuse(where: str = "**") -> Transform:
+    """A transform that folds batch norm, scales and biases into the layer beside them.
+
+    Every site that `where` matches takes in the affine operations after it (and, where
+    it sees no zero padding, before it) up to the first nonlinearity, branch or sum. The
+    kernel stays at its own path, so the site keeps its name; the bias lies beside it,
+    where the layer's own bias was if it had one. Variables that nothing reads any more
+    leave the Model; `Model.report` has a row for each site with what ended its segment.
+
+    The fused network is its evaluation graph: ``train``, ``mutable`` and ``rngs`` are
+    accepted and change nothing (no dropout; batch norms that were not folded keep their
+    statistics), so that it can be finetuned as plain layers with biases. With `mutable`
+    it returns (out, the unchanged collections).
+
+    Args:
+      where: a glob over site names.
+
+    Returns:
+      Model -> Model; the same function in evaluation mode, to round-off.
+
+    Raises:
+      NoMatchError: if the glob matches no site.
+      StructureChangedError: at a call whose trace does not have the fused segments.
+
+    >>> def net(v, x):
+    ...     y = x @ v["params"]["kernel"] - v["batch_stats"]["mean"]
+    ...     return y * v["params"]["scale"]
+    >>> v = {"params": {"kernel": jnp.eye(2), "scale": jnp.array([2.0, 3.0])},
+    ...      "batch_stats": {"mean": jnp.ones(2)}}
+    >>> m = cj.merge.fuse()(cj.from_function(
+    ...     lambda v, x: net(v, x), v, jnp.ones((1, 2))))
+    >>> m.variables["params"]["kernel"].tolist(), m.variables["params"]["bias"].tolist()
+    ([[2.0, 0.0], [0.0, 3.0]], [-2.0, -3.0])
+    """
+
+    def transform(model: Model) -> Model:
+        trace = tracing.trace_model(model)
+        plan = _make_plan(trace, model.trainable, where)
+        step = Step.of("merge.fuse", where=where)
+        rows = _rows(plan)
+        if not plan.segments:
+            return model.then(step, report=rows)
+        old = trees.flat(model.variables)
+        new = {k: v for k, v in old.items() if k not in plan.dropped}
+        new |= _fold(plan, old)
+        return model.then(
+            step,
+            report=rows,
+            variables=trees.unflat(new),
+            apply_fn=_fused_apply(model, plan, where),
+        )
+
+    return transform
+
+
+def _rows(plan: _Plan) -> list[Row]:
+    rows = []
+    for name, reason in plan.reasons.items():
+        done = name in plan.names
+        rows.append(Row("merge.fuse", name, True, done, "" if done else reason))
+    return rows
+
+
+def _make_plan(trace: tracing.Trace, trainable: tuple[str, ...], where: str) -> _Plan:
+    program = _segments.Program(trace, trainable)
+    chosen = program.found.select(where)
+    segments: dict[str, _segments.Segment] = {}
+    reasons: dict[str, str] = {}
+    taken: set[int] = {k[0] for k in program.found.by_key if len(k) == 1}
+    plain = []
+    for key, site in program.found.by_key.items():
+        if site.name not in chosen or site.leaf is None:
+            continue
+        if len(key) != 1 or site.inside:
+            inside = site.inside[0] if site.inside else "an inner program"
+            reasons[site.name] = f"it is inside {inside}: fuse before it is wrapped"
+            continue
+        if key[0] not in program.live:
+            continue
+        plain.append((key[0], site))
+    ends: dict[str, tuple] = {}
+    for index, site in plain:
+        after, why = _segments.grow_after(program, index, site, taken)
+        after = _segments.trim(program, after, last=True)
+        taken |= {op.index for op in after}
+        ends[site.name] = (after, why)
+    for index, site in plain:
+        after, why = ends[site.name]
+        before, _ = _segments.grow_before(program, index, site, taken)
+        before = _foldable_before(program, site, before)
+        segment, why = _segment(program, index, site, before, after, why)
+        reasons[site.name] = why
+        if segment is not None:
+            taken |= {op.index for op in segment.before}
+            segments[site.name] = segment
+    return _finish(program, tuple(segments.values()), reasons)
+
+
+def _foldable_before(program, site, before):
+    """The last operations before a site that it can take in: no shift under padding."""
+    kept = list(before)
+    if _segments.sees_padding(site):
+        shifts = [k for k, op in enumerate(kept) if op.kind in ("add", "sub", "rsub")]
+        kept = kept[shifts[-1] + 1 :] if shifts else kept
+    return _segments.trim(program, kept, last=False)
+
+
+def _segment(program, index, site, before, after, why):
+    """(Segment or None, reason)."""
+    arithmetic = [op for op in after if op.kind != "move"]
+    if not before and (
+        not arithmetic
+        or (len(arithmetic) == 1 and _is_own_bias(program, arithmetic[0]))
+    ):
+        return None, f"nothing to fold: {why}"
+    if site.is_conv and site.params.get("batch_group_count", 1) != 1:
+        return None, "a convolution with batch groups"
+    weight = program.eqns[index].invars[site.weight_side]
+    leaf = program.trace.paths.index(site.leaf)
+    if program.quantized(weight):
+        return None, "its weight is quantized first: fuse before you quantize"
+    if "/" not in site.leaf:
+        return (
+            None,
+            "its weight is a bare array: put it in a dict, its bias goes beside",
+        )
+    indices = _segments.kernel_indices(program, weight, leaf)
+    if program.used_elsewhere(leaf, index):
+        return None, "its weight is used elsewhere too"
+    segment = _segments.Segment(site, index, tuple(before), tuple(after), leaf, indices)
+    return segment, why
+
+
+def _is_own_bias(program, op) -> bool:
+    """A bare sum with one variable: the layer has its bias already."""
+    return op.kind == "add" and bool(
+        not isinstance(op.operand, tracing.Literal)
+        and len(program.leaves.get(op.operand, ())) == 1
+    )
+
+
+def _needs(program, segments) -> dict[int, list[Any]]:
+    """{equation: the operands it still reads} once the segments are fused."""
+    needs: dict[int, list[Any]] = {}
+    for s in segments:
+        eqn = program.eqns[s.index]
+        x, w = eqn.invars[1 - s.site.weight_side], eqn.invars[s.site.weight_side]
+        needs[s.index] = [x, program.leaf_vars[s.leaf] if s.indices is None else w]
+        for op in (*s.before, *s.after):
+            needs[op.index] = [op.value]
+    return needs
+
+
+def _finish(program, segments, reasons) -> _Plan:
+    """Names for the biases, and the leaves that nothing reads any more."""
+    before = program.live_leaves({})
+    after = program.live_leaves(_needs(program, segments))
+    paths = program.trace.paths
+    dropped = {paths[i] for i in before - after}
+    held = set(paths) - dropped
+    bias = {}
+    for s in segments:
+        parent, _, last = s.site.leaf.rpartition("/")
+        base = f"{parent}/{'b' if last == 'w' else 'bias'}"
+        path, k = base, 0
+        while path in held:
+            k += 1
+            path = f"{base}_{k}"
+        bias[s.site.name] = path
+        held.add(path)
+    return _Plan(program, segments, reasons, bias, frozenset(dropped))
+
+
+def _fold(plan: _Plan, old: Mapping[str, Any]) -> dict[str, Any]:
+    """{path: folded kernel or bias}, of the kind of array the variables are."""
+    paths = plan.program.trace.paths
+    leaves = {i: old[p] for i, p in enumerate(paths)}
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves.values()):
+        return jax.eval_shape(lambda leaves: _compute(plan, leaves), leaves)
+    if any(tracing.is_tracer(x) for x in leaves.values()):
+        return _compute(plan, {i: jnp.asarray(x) for i, x in leaves.items()})
+    out = _compute(plan, {i: _float64.wide(x) for i, x in leaves.items()})
+    placed = {}
+    for path, value in out.items():
+        value = jnp.asarray(value)
+        like = old.get(path)
+        if isinstance(like, jax.Array) and len(like.sharding.device_set) > 1:
+            if like.shape == value.shape:
+                value = jax.device_put(value, like.sharding)
+        placed[path] = value
+    return placed
+
+
+def _compute(plan: _Plan, leaves: Mapping[int, Any]) -> dict[str, Any]:
+    known = _float64.Known(plan.program, leaves)
+    out: dict[str, Any] = {}
+    for s in plan.segments:
+        site = s.site
+        weight = plan.program.eqns[s.index].invars[site.weight_side]
+        like = plan.program.leaf_vars[s.leaf].aval
+        w = known(weight)
+        t, c = _scale_and_shift(known, s.after, _sizes(site.w, site.w_out_axes))
+        t_in, c_in = _scale_and_shift(known, s.before, _input_sizes(site))
+        scale = _along(t, site.w, site.w_out_axes)
+        gain, shift = _along_input(t_in, site), _along_input(c_in, site)
+        inner = tuple(a for a in range(w.ndim) if a not in site.w_out_axes)
+        b = _as_channels((w * shift).sum(inner, keepdims=True), site) * t + c
+        scale = scale * gain
+        if s.indices is None:
+            kernel = w * scale
+        else:
+            flat = (np if known.exact else jnp).broadcast_to(scale, w.shape).reshape(-1)
+            where = np.argsort(s.indices.reshape(-1))  # a permutation's inverse
+            kernel = leaves[s.leaf] * flat[where].reshape(like.shape)
+        out[site.leaf] = kernel.astype(like.dtype)
+        shape = _sizes(site.w, site.w_out_axes)
+        out[plan.bias[site.name]] = b.reshape(shape).astype(like.dtype)
+    return out
+
+
+def _sizes(spec: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(spec.shape[a] for a in axes)
+
+
+def _input_sizes(site) -> tuple[int, ...]:
+    n = site.params.get("feature_group_count", 1) if site.is_conv else 1
+    sizes = _sizes(site.w, site.w_in_axes)
+    return (sizes[0] * n, *sizes[1:]) if site.is_conv else sizes
+
+
+def _scale_and_shift(known, ops, sizes: tuple[int, ...]) -> tuple[Any, Any]:
+    """(t, c), flat over the channels, of a run of operations."""
+    n = math.prod(sizes)
+    t: Any = np.ones(n) if known.exact else jnp.ones(n)
+    c: Any = np.zeros(n) if known.exact else jnp.zeros(n)
+    for op in ops:
+        if op.kind == "move":
+            continue
+        if op.kind == "neg":
+            t, c = -t, -c
+            continue
+        v = _vector(known(op.operand), op)
+        if op.kind == "add":
+            c = c + v
+        elif op.kind == "sub":
+            c = c - v
+        elif op.kind == "rsub":
+            t, c = -t, v - c
+        elif op.kind == "mul":
+            t, c = t * v, c * v
+        else:
+            t, c = t / v, c / v
+    return t, c
+
+
+def _vector(v: Any, op) -> Any:
+    """An operand as one number per channel, in the order of the channel axes."""
+    xp = np if isinstance(v, np.ndarray) else jnp
+    v, shape = xp.asarray(v), op.value.aval.shape
+    if v.ndim == 0:
+        return xp.broadcast_to(v, (math.prod(shape[a] for a in op.axes),))
+    v = v[tuple(slice(None) if a in op.axes else slice(0, 1) for a in range(v.ndim))]
+    v = xp.broadcast_to(v, [n if a in op.axes else 1 for a, n in enumerate(shape)])
+    others = tuple(a for a in range(v.ndim) if a not in op.axes)
+    return v.transpose((*op.axes, *others)).reshape(-1)
+
+
+def _along(t: Any, spec: Any, axes: tuple[int, ...]) -> Any:
+    """A flat vector over `axes`, shaped to multiply an array of that rank."""
+    order = np.argsort(axes)
+    t = t.reshape(_sizes(spec, axes)).transpose(order)
+    return t.reshape([n if a in axes else 1 for a, n in enumerate(spec.shape)])
+
+
+def _along_input(t: Any, site) -> Any:
+    """A flat vector over the input channels, shaped to multiply the weight."""
+    if not site.is_conv:
+        return _along(t, site.w, site.w_in_axes)
+    (i,), (o,) = site.w_in_axes, site.w_out_axes
+    groups = site.params["feature_group_count"]
+    n_out = site.w.shape[o]
+    # Output channel k is of group k // (n_out / groups), and sees that group's inputs.
+    by_group = t.reshape(groups, -1)
+    per_out = by_group[np.arange(n_out) // (n_out // groups)]  # (out, in of its group)
+    shape = [1] * site.w.ndim
+    shape[o], shape[i] = n_out, by_group.shape[1]
+    return (per_out if o < i else per_out.T).reshape(shape)
+
+
+def _as_channels(b: Any, site) -> Any:
+    """A reduced weight (1 on all but its output axes) as a flat vector of channels."""
+    others = tuple(a for a in range(b.ndim) if a not in site.w_out_axes)
+    return b.transpose((*site.w_out_axes, *others)).reshape(-1)
+
+
+def _fused_apply(model: Model, first: _Plan, where: str):
+    paths = trees.paths(model.variables)
+    specs = dict(zip(paths, jax.tree.leaves(model.variables), strict=True))
+    specs = {
+        p: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+        for p, x in specs.items()
+    }
+    tree = jax.tree.structure(model.variables)
+    inner, trainable = model.apply_fn, model.trainable
+    folded = first.signature()
+    as_used = {
+        s.site.leaf for s in first.segments if s.indices is None
+    }  # hold the kernel as the product reads it, maybe of another shape
+
+    def original(values: Mapping[str, Any]) -> Any:
+        """The variables before fusing; a shape stands for one that is gone."""
+
+        def leaf(path: str) -> Any:
+            gone = path in first.dropped or path in as_used
+            return specs[path] if gone else values[path]
+
+        return jax.tree.unflatten(tree, [leaf(p) for p in paths])
+
+    @functools.wraps(inner)
+    def apply_fn(variables, *args, **kwargs):
+        values = trees.flat(variables)
+        kwargs = dict(kwargs)
+        mutable = kwargs.pop("mutable", False)
+        for name in TRAINING:
+            kwargs.pop(name, None)
+        trace = tracing.trace(inner, original(values), args, kwargs)
+        plan = _make_plan(trace, trainable, where)
+        now = plan.signature()
+        changed = {n for n in now.keys() | folded.keys() if now.get(n) != folded.get(n)}
+        changed |= plan.dropped ^ first.dropped
+        if changed:
+            changed = sorted(changed)
+            raise errors.StructureChangedError(
+                f"the segments are not those that were fused: {changed}.",
+                path=changed[0],
+                operation="merge.fuse",
+                remedy="Call it in evaluation mode, or make and fuse the Model again.",
+            )
+        outs = _run(plan, values)
+        out = jax.tree.unflatten(trace.out_tree, outs)
+        if mutable is False:
+            return out
+        kept = {k: v for k, v in variables.items() if flax_scope.in_filter(mutable, k)}
+        return out, kept
+
+    return apply_fn
+
+
+def _run(plan: _Plan, values: Mapping[str, Any]) -> list[Any]:
+    """Evaluate the program with its segments fused."""
+    program = plan.program
+    trace, jaxpr = program.trace, program.jaxpr
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, program.closed.consts, strict=True))
+    for var, path, value in zip(
+        jaxpr.invars, trace.paths, trace.in_values, strict=False
+    ):
+        env[var] = values.get(path, value)
+    n = len(trace.paths)
+    env.update(zip(jaxpr.invars[n:], trace.in_values[n:], strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, tracing.Literal) else env[atom]
+
+    sites = {s.index: s for s in plan.segments}
+    ops = {op.index: op for s in plan.segments for op in (*s.before, *s.after)}
+    for i in sorted(program.liveness(_needs(program, plan.segments))):
+        eqn = program.eqns[i]
+        with tracing.context_of(eqn):
+            if i in sites:
+                outs = [_at_site(eqn, sites[i], read, plan, values)]
+            elif i in ops and ops[i].kind != "move":
+                outs = [read(ops[i].value).astype(eqn.outvars[0].aval.dtype)]
+            else:
+                outs = tracing.bind(eqn, [read(a) for a in eqn.invars])
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(a) for a in jaxpr.outvars]
+
+
+def _at_site(eqn, segment, read, plan: _Plan, values: Mapping[str, Any]) -> Any:
+    site = segment.site
+    x = read(eqn.invars[1 - site.weight_side])
+    if segment.indices is None:
+        w = jnp.asarray(values[site.leaf]).astype(site.w.dtype)
+    else:
+        w = read(eqn.invars[site.weight_side])
+    y = tracing.bind(eqn, [x, w] if site.weight_side else [w, x])[0]
+    b = jnp.asarray(values[plan.bias[site.name]]).astype(y.dtype)
+    order = np.argsort(site.out_axes)
+    shape = [n if a in site.out_axes else 1 for a, n in enumerate(y.shape)]
+    return y + b.transpose(order).reshape(shape)

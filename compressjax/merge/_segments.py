@@ -1,0 +1,535 @@
+"""Find affine segments: a product with a weight and the affine operations around it.
+
+After a site with output channels c, every operation of the form
+
+    y -> y + v,  y - v,  v - y,  y * v,  y / v,  -y        v from variables, per channel
+
+keeps the value affine in the site's own output: y[..., c] = t[c] site[..., c] + b[c].
+The segment grows along the only user of each value, through transposes, casts and
+reshapes that leave channels whole, and ends at the first thing that is neither.
+Before a site the same holds per input channel, as long as no zero padding sees it.
+
+Everything here looks at structure alone, never at values, so that a network full of
+zeros gives the same segments as a trained one.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compressjax.core import sites as finding
+from compressjax.core import straight_through
+from compressjax.core import trace as tracing
+
+# Operations that work element by element (operands of size 1 are stretched).
+ELEMENTWISE = frozenset(
+    """abs acos add add_any and asin atan2 atan cbrt ceil clamp convert_element_type
+    copy copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
+    is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow rem round
+    rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor pvary
+    """.split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One operation of a segment.
+
+    Attributes:
+      index: which equation.
+      kind: "add", "sub", "rsub", "mul", "div", "neg", or "move" for what does not
+        change values (casts, transposes, reshapes).
+      operand: the variable or literal of the other operand; None for neg and move.
+      value: the variable that carries the segment into the operation.
+      axes: where the channel axes lie in `value`.
+    """
+
+    index: int
+    kind: str
+    operand: Any
+    value: Any
+    axes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A site and the affine operations around it.
+
+    Attributes:
+      site: the site.
+      index: which equation it is.
+      before: operations on its input, first to last.
+      after: operations on its output, first to last.
+      leaf: index of the leaf that holds its kernel.
+      indices: where each element of the kernel, as used, comes from in the leaf (flat
+        positions), if the way is only moves and gains; None: the way is folded too.
+    """
+
+    site: finding.Site
+    index: int
+    before: tuple[Op, ...]
+    after: tuple[Op, ...]
+    leaf: int
+    indices: np.ndarray | None = dataclasses.field(compare=False, repr=False)
+
+    def signature(self, program: "Program") -> tuple:
+        """What was folded, with its constants: a later trace must have the same.
+
+        A constant may come from a shape (the 1/HW of a mean), and is folded as a value.
+        """
+        return tuple(
+            (op.kind, () if op.operand is None else program.numbers(op.operand))
+            for op in (*self.before, *self.after)
+            if op.kind != "move"
+        )
+
+
+class Program:
+    """A flat jaxpr with what each value depends on, and who uses it."""
+
+    def __init__(self, trace: tracing.Trace, trainable: Sequence[str]):
+        flat = flatten(trace.jaxpr)
+        self.trace = dataclasses.replace(trace, jaxpr=flat)
+        self.closed, self.jaxpr = flat, flat.jaxpr
+        self.eqns = flat.jaxpr.eqns
+        self.found = finding.find(self.trace, trainable)
+        self.producer = {v: i for i, e in enumerate(self.eqns) for v in e.outvars}
+        self.leaf_vars = self.jaxpr.invars[: trace.n_variables]
+        self.leaf_of = {v: i for i, v in enumerate(self.leaf_vars)}
+        self.live = self.liveness({})
+        self.users: dict[Any, list[int]] = {}
+        for i in sorted(self.live):
+            for atom in self.eqns[i].invars:
+                if isinstance(atom, tracing.Var):
+                    self.users.setdefault(atom, []).append(i)
+        self.outputs = {v for v in self.jaxpr.outvars if isinstance(v, tracing.Var)}
+        self._origins()
+        self.readers = self._readers()
+
+    def _origins(self) -> None:
+        """Data or not, the leaves behind, and the axes along which a value varies."""
+        self.data: set[Any] = set(self.jaxpr.invars[len(self.leaf_vars) :])
+        for var, const in zip(self.jaxpr.constvars, self.closed.consts, strict=True):
+            if tracing.is_tracer(const):
+                self.data.add(var)
+        self.leaves: dict[Any, frozenset[int]] = {
+            v: frozenset((i,)) for v, i in self.leaf_of.items()
+        }
+        self.varying: dict[Any, frozenset[int]] = {}
+        for eqn in self.eqns:
+            ins = [a for a in eqn.invars if isinstance(a, tracing.Var)]
+            is_data = any(a in self.data for a in ins)
+            leaves = frozenset().union(*(self.leaves.get(a, ()) for a in ins))
+            for var in eqn.outvars:
+                self.leaves[var] = leaves
+                if is_data:
+                    self.data.add(var)
+            if not is_data:
+                self._vary(eqn)
+
+    def _readers(self) -> dict[int, set[int]]:
+        """{leaf: the equations where it, or what is made of it, meets data}."""
+        readers: dict[int, set[int]] = {}
+        for i in self.live:
+            eqn = self.eqns[i]
+            if not any(v in self.data or v in self.outputs for v in eqn.outvars):
+                continue
+            for atom in eqn.invars:
+                if isinstance(atom, tracing.Var) and atom not in self.data:
+                    for leaf in self.leaves.get(atom, ()):
+                        readers.setdefault(leaf, set()).add(i)
+        return readers
+
+    def used_elsewhere(self, leaf: int, index: int) -> bool:
+        """True if the leaf reaches anything but equation `index`."""
+        return self.readers[leaf] != {index} or self.leaf_vars[leaf] in self.outputs
+
+    def varying_axes(self, atom: Any) -> frozenset[int]:
+        if isinstance(atom, tracing.Literal):
+            return frozenset()
+        if atom in self.varying:
+            return self.varying[atom]
+        return frozenset(a for a, n in enumerate(atom.aval.shape) if n != 1)
+
+    def _vary(self, eqn: tracing.Equation) -> None:
+        name, p = eqn.primitive.name, eqn.params
+        if len(eqn.outvars) != 1:
+            return
+        out = eqn.outvars[0]
+        old = [self.varying_axes(a) for a in eqn.invars]
+        if name in ELEMENTWISE:
+            new = frozenset().union(*old)
+        elif name == "broadcast_in_dim":
+            new = {p["broadcast_dimensions"][a] for a in old[0]}
+        elif name == "transpose":
+            new = {k for k, a in enumerate(p["permutation"]) if a in old[0]}
+        elif name in ("reshape", "squeeze", "expand_dims"):
+            new = set()
+            shape = eqn.invars[0].aval.shape
+            for src, dst in reshape_groups(shape, out.aval.shape):
+                if old[0] & set(src):
+                    new |= set(dst)
+        elif name.startswith("reduce_") and "axes" in p:
+            kept = [a for a in range(eqn.invars[0].aval.ndim) if a not in p["axes"]]
+            new = {k for k, a in enumerate(kept) if a in old[0]}
+        else:
+            return
+        self.varying[out] = frozenset(a for a in new if out.aval.shape[a] != 1)
+
+    def liveness(self, needs: Mapping[int, Sequence[Any]]) -> set[int]:
+        """Equations that the outputs need; needs[i] replaces the operands of i."""
+        wanted = {v for v in self.jaxpr.outvars if isinstance(v, tracing.Var)}
+        live: set[int] = set()
+        for i in range(len(self.eqns) - 1, -1, -1):
+            eqn = self.eqns[i]
+            if eqn.effects or any(v in wanted for v in eqn.outvars):
+                live.add(i)
+                atoms = needs.get(i, eqn.invars)
+                wanted.update(a for a in atoms if isinstance(a, tracing.Var))
+        self._wanted = wanted
+        return live
+
+    def live_leaves(self, needs: Mapping[int, Sequence[Any]]) -> set[int]:
+        self.liveness(needs)
+        return {i for v, i in self.leaf_of.items() if v in self._wanted}
+
+    def is_known(self, atom: Any) -> bool:
+        """True if it depends on variables and constants only."""
+        return isinstance(atom, tracing.Literal) or atom not in self.data
+
+    def is_constant(self, atom: Any) -> bool:
+        """True if neither data nor a variable is behind it."""
+        return self.is_known(atom) and not (
+            isinstance(atom, tracing.Var) and self.leaves.get(atom)
+        )
+
+    def numbers(self, atom: Any) -> tuple[float, ...]:
+        """The scalar literals behind a known value, in a fixed order."""
+        found: list[float] = []
+        seen: set[Any] = set()
+
+        def visit(atom: Any) -> None:
+            if isinstance(atom, tracing.Literal):
+                if np.ndim(atom.val) == 0:
+                    found.append(float(atom.val))
+            elif atom in self.producer and atom not in seen:
+                seen.add(atom)
+                for a in self.eqns[self.producer[atom]].invars:
+                    visit(a)
+
+        visit(atom)
+        return tuple(found)
+
+    def only_user(self, var: Any) -> tuple[int | None, str]:
+        """The one equation that uses a value, or None and why there is none."""
+        users = self.users.get(var, [])
+        if var in self.outputs:
+            return None, "its result is an output of the network"
+        if len(users) != 1:
+            return None, f"its result feeds {len(set(users))} operations"
+        return users[0], ""
+
+    def quantized(self, atom: Any) -> bool:
+        """True if fake quantization stands anywhere behind a known value."""
+        seen, stack = set(), [atom]
+        while stack:
+            var = stack.pop()
+            if not isinstance(var, tracing.Var) or var in seen:
+                continue
+            seen.add(var)
+            if var in self.producer:
+                eqn = self.eqns[self.producer[var]]
+                if marked(eqn):
+                    return True
+                stack.extend(eqn.invars)
+        return False
+
+
+def flatten(jaxpr: tracing.ClosedJaxpr) -> tracing.ClosedJaxpr:
+    """The jaxpr with plain calls replaced by their bodies.
+
+    Custom derivatives (relu, fake quantization) stay, so that gradients do.
+    """
+
+    def handle(eqn: tracing.Equation, values: list[Any]) -> list[Any] | None:
+        if eqn.primitive.name.startswith("custom_"):
+            return None
+        body = tracing.called(eqn)
+        if body is None or eqn.params.get("name") == straight_through.MARKER:
+            return None
+        return tracing.evaluate(body, values, handle)
+
+    specs = [
+        jax.ShapeDtypeStruct(
+            v.aval.shape, v.aval.dtype, weak_type=getattr(v.aval, "weak_type", False)
+        )
+        for v in jaxpr.jaxpr.invars
+    ]
+    return jax.make_jaxpr(lambda *v: tracing.evaluate(jaxpr, v, handle))(*specs)
+
+
+def reshape_groups(
+    old: Sequence[int], new: Sequence[int]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Smallest runs of axes that a reshape maps onto each other, in order.
+
+    >>> reshape_groups((2, 6, 5), (2, 2, 3, 5))
+    [((0,), (0,)), ((1,), (1, 2)), ((2,), (3,))]
+    >>> reshape_groups((4, 1, 1, 8), (4, 8))
+    [((0,), (0,)), ((1, 2, 3), (1,))]
+    """
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        src, dst, a, b = [], [], 1, 1
+        if i < len(old):
+            src, a, i = [i], old[i], i + 1
+        if j < len(new):
+            dst, b, j = [j], new[j], j + 1
+        while a != b:
+            if (a < b and i < len(old)) or j >= len(new):
+                src, a, i = [*src, i], a * old[i], i + 1
+            else:
+                dst, b, j = [*dst, j], b * new[j], j + 1
+        groups.append((tuple(src), tuple(dst)))
+    return groups
+
+
+def describe(eqn: tracing.Equation) -> str:
+    """What a reader would call an equation: relu, fake_quant, reduce_max."""
+    name = str(eqn.params.get("name", "")).lstrip("_")
+    body = tracing.called(eqn)
+    if eqn.primitive.name.startswith("custom_") and body is not None:
+        inner = body.jaxpr.eqns
+        if len(inner) == 1:
+            return describe(inner[0])
+    return name or eqn.primitive.name
+
+
+def grow_after(
+    program: Program, index: int, site: finding.Site, taken: set[int]
+) -> tuple[list[Op], str]:
+    """The affine operations after a site, and why they end there."""
+    value = program.eqns[index].outvars[0]
+    axes = site.out_axes
+    ops: list[Op] = []
+    while True:
+        user, why = program.only_user(value)
+        if user is None:
+            return ops, why
+        if user in taken:
+            return ops, f"another product ({describe(program.eqns[user])}) follows"
+        step, why = _affine(program, user, value, axes)
+        if step is None:
+            return ops, why
+        ops.append(step)
+        axes = _moved_axes(program.eqns[user], step.axes)
+        value = program.eqns[user].outvars[0]
+
+
+def grow_before(
+    program: Program, index: int, site: finding.Site, taken: set[int]
+) -> tuple[list[Op], str]:
+    """The affine operations before a site, and why they begin there."""
+    eqn = program.eqns[index]
+    value = eqn.invars[1 - site.weight_side]
+    axes = _input_axes(site)
+    ops: list[Op] = []
+    while True:
+        if not isinstance(value, tracing.Var) or value not in program.producer:
+            return ops, "it reads an input of the network"
+        user, why = program.only_user(value)
+        if user is None:
+            return ops, why
+        maker = program.producer[value]
+        if maker in taken:
+            return ops, "another product comes before it"
+        made = program.eqns[maker]
+        carriers = [a for a in made.invars if not program.is_known(a)]
+        arithmetic = ("add", "sub", "mul", "div", "neg", "convert_element_type")
+        if len(carriers) != 1 or made.primitive.name not in arithmetic:
+            return ops, f"{describe(made)} comes before it"
+        carrier = carriers[0]
+        step, why = _affine(program, maker, carrier, axes)
+        if step is None:
+            return ops, why
+        ops.insert(0, step)
+        value = carrier
+
+
+def trim(program: Program, ops: Sequence[Op], last: bool) -> list[Op]:
+    """The operations without a tail (a head, if not last) of mere constants and moves.
+
+    What no variable is in (the division of a mean, 1/sqrt(d)) is no reason to fold, and
+    may change with the shape of the input.
+    """
+    ops = list(ops)
+    while ops:
+        op = ops[-1 if last else 0]
+        if op.operand is not None and not program.is_constant(op.operand):
+            break
+        ops.pop(-1 if last else 0)
+    return ops
+
+
+def _input_axes(site: finding.Site) -> tuple[int, ...]:
+    """Axes of x that are contracted, in the order of site.w_in_axes."""
+    numbers = site.params["dimension_numbers"]
+    side = 1 - site.weight_side
+    if site.is_conv:
+        return (numbers[side][1],)
+    return tuple(numbers[0][side])
+
+
+def sees_padding(site: finding.Site) -> bool:
+    """True if zeros that are not in x enter the product."""
+    if not site.is_conv:
+        return False
+    p = site.params
+    return any(lo or hi for lo, hi in p["padding"]) or any(
+        d != 1 for d in p["lhs_dilation"]
+    )
+
+
+def _affine(
+    program: Program, index: int, value: Any, axes: tuple[int, ...]
+) -> tuple[Op | None, str]:
+    """One equation as an operation on `value`, or why it is none."""
+    eqn = program.eqns[index]
+    name, out = eqn.primitive.name, eqn.outvars[0]
+    if name in ("neg", "copy", "copy_p"):
+        return Op(index, "neg" if name == "neg" else "move", None, value, axes), ""
+    if name == "convert_element_type":
+        if jnp.issubdtype(out.aval.dtype, jnp.floating):
+            return Op(index, "move", None, value, axes), ""
+        return None, f"a cast to {out.aval.dtype} stands between"
+    if name in ("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"):
+        if _moved_axes(eqn, axes) is None:
+            return None, f"a {name} mixes its channels with other axes"
+        return Op(index, "move", None, value, axes), ""
+    if name not in ("add", "sub", "mul", "div", "add_any"):
+        return None, f"{describe(eqn)} stands between"
+    left, right = eqn.invars
+    other = right if left is value else left
+    if left is right or not program.is_known(other):
+        return None, f"{name} with another activation stands between"
+    if name == "div" and right is value:
+        return None, "a division by it stands between"
+    if out.aval.shape != value.aval.shape:
+        return None, f"{name} stretches its shape"
+    if not program.varying_axes(other) <= set(axes):
+        return None, f"{name} with a weight that is not one number per channel"
+    if program.quantized(other):
+        return None, f"{name} with a quantized weight"
+    kind = {"add_any": "add", "sub": "sub" if left is value else "rsub"}.get(name, name)
+    return Op(index, kind, other, value, axes), ""
+
+
+def _moved_axes(eqn: tracing.Equation, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Where the channel axes are after an equation; None if they do not stay whole."""
+    name, p = eqn.primitive.name, eqn.params
+    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if name == "transpose":
+        return tuple(p["permutation"].index(a) for a in axes)
+    if name == "broadcast_in_dim":
+        if math.prod(old) != math.prod(new):
+            return None
+        return tuple(p["broadcast_dimensions"][a] for a in axes)
+    if name in ("reshape", "squeeze", "expand_dims"):
+        if p.get("dimensions") is not None and name == "reshape":
+            return None
+        out: list[int] = []
+        done: set[int] = set()
+        groups = reshape_groups(old, new)
+        for a in axes:
+            if a in done:
+                continue
+            src, dst = next(g for g in groups if a in g[0])
+            wide = [s for s in src if old[s] != 1 or s in axes]
+            if any(s not in axes for s in wide):
+                return None
+            run = [s for s in axes if s in src]
+            start = axes.index(a)
+            if run != sorted(run) or tuple(run) != axes[start : start + len(run)]:
+                return None
+            done |= set(run)
+            landed = [d for d in dst if new[d] != 1]
+            out += landed or list(dst[:1])
+        return tuple(out)
+    return axes
+
+
+def marked(eqn: tracing.Equation) -> bool:
+    """True for fake quantization, under whatever calls."""
+    if eqn.params.get("name") == straight_through.MARKER:
+        return True
+    return any(marked(e) for body in tracing.bodies(eqn) for e in body.eqns)
+
+
+def kernel_indices(program: Program, weight: Any, leaf: int) -> np.ndarray | None:
+    """Flat positions in the leaf of each element of a weight, if only moved and gained.
+
+    A transpose, cast, reshape or flip moves; a product or quotient with something that
+    does not depend on the leaf, and a `where` against zero (a mask), are gains: scaling
+    the leaf scales the weight. None for anything else (standardised weights).
+    """
+    if weight is program.leaf_vars[leaf]:
+        return np.arange(math.prod(weight.aval.shape)).reshape(weight.aval.shape)
+    if weight not in program.producer:
+        return None
+    eqn = program.eqns[program.producer[weight]]
+    name, p, shape = eqn.primitive.name, eqn.params, weight.aval.shape
+    touched = [
+        k
+        for k, a in enumerate(eqn.invars)
+        if isinstance(a, tracing.Var) and leaf in program.leaves.get(a, ())
+    ]
+    if len(touched) != 1:
+        return None
+    k = touched[0]
+    allowed = {
+        "convert_element_type": 0, "copy": 0, "transpose": 0, "reshape": 0,
+        "squeeze": 0, "expand_dims": 0, "rev": 0, "pvary": 0, "broadcast_in_dim": 0,
+    }  # fmt: skip
+    if name == "select_n":
+        others = [a for j, a in enumerate(eqn.invars) if j not in (0, k)]
+        if k == 0 or not all(_is_zero(program, a) for a in others):
+            return None
+    elif name == "div":
+        if k != 0:
+            return None
+    elif name != "mul" and name not in allowed:
+        return None
+    source = eqn.invars[k]
+    if math.prod(source.aval.shape) != math.prod(shape):
+        return None
+    inner = kernel_indices(program, source, leaf)
+    if inner is None:
+        return None
+    if name == "transpose":
+        return inner.transpose(p["permutation"])
+    if name == "rev":
+        return np.flip(inner, p["dimensions"])
+    if name == "reshape" and p.get("dimensions") is not None:
+        return None
+    if name == "broadcast_in_dim" and list(p["broadcast_dimensions"]) != sorted(
+        p["broadcast_dimensions"]
+    ):
+        return None
+    return inner.reshape(shape)
+
+
+def _is_zero(program: Program, atom: Any) -> bool:
+    """True for the literal 0, broadcast or cast."""
+    if isinstance(atom, tracing.Literal):
+        return np.ndim(atom.val) == 0 and float(atom.val) == 0.0
+    if atom not in program.producer:
+        return False
+    eqn = program.eqns[program.producer[atom]]
+    if eqn.primitive.name not in ("broadcast_in_dim", "convert_element_type"):
+        return False
+    return _is_zero(program, eqn.invars[0])
