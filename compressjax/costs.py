@@ -40,12 +40,12 @@ class Row:
       kind: "conv", "dense", or "product" (of two activations).
       params: entries of the weight that no mask removes; 0 for a later use of a shared
         weight, and for a product.
-      macs: multiply-accumulates, all layers of a scan together.
+      macs: multiply-accumulates, all steps of a scan together.
       weight_bits, input_bits: word lengths of the two operands.
       x, w, out: shapes of the activation, the weight (or second activation) and the
         result.
       groups: groups of a convolution.
-      layers: lengths of the scans around the site.
+      steps: lengths of the scans around the site, over layers or over time.
       note: what the numbers assume, if anything.
     """
 
@@ -59,7 +59,7 @@ class Row:
     w: tuple[int, ...]
     out: tuple[int, ...]
     groups: int = 1
-    layers: tuple[int, ...] = ()
+    steps: tuple[int, ...] = ()
     note: str = ""
 
     @property
@@ -81,7 +81,7 @@ class Costs:
 def count(model: Model, **kwargs: Any) -> Costs:
     """The costs of one example, as exact integers.
 
-    The Model is traced at batch size one. Sites inside `scan` count once a layer; the
+    The Model is traced at batch size one. Sites inside `scan` count once a step; the
     branches of a `cond` count as if each were taken, and their rows say so. A mask
     scales the MACs of its site by the share of weights it keeps, rounded up.
 
@@ -145,7 +145,7 @@ def count(model: Model, **kwargs: Any) -> Costs:
                 w=site.w.shape,
                 out=site.out.shape,
                 groups=site.params["feature_group_count"] if site.is_conv else 1,
-                layers=site.layers,
+                steps=tuple(length for length, _ in site.loops),
                 note="one branch of several, counted as if taken"
                 if "cond" in site.inside
                 else "",
@@ -333,7 +333,7 @@ def _table(costs: Costs, *, wide: bool) -> table.Table:
         out.add_row(
             text.Text(_tail(row.name)),
             row.kind,
-            "".join(f"{n} * " for n in row.layers) + weight,
+            "".join(f"{n} * " for n in row.steps) + weight,
             *(["x".join(map(str, row.out[1:]))] if wide else []),
             _short(row.params) if row.kind != "product" else "",
             _short(row.macs),

@@ -171,9 +171,31 @@ def test_scan_counts_once_a_layer():
 
     counted = costs.count(linen(Net(), 5, 4))
     (row,) = counted.rows
-    assert (row.layers, row.w, row.macs, row.params) == ((3,), (4, 4), 48, 48)
+    assert (row.steps, row.w, row.macs, row.params) == ((3,), (4, 4), 48, 48)
     assert counted.params == 3 * (16 + 4)
     assert "3 * 4x4" in str(costs.report(linen(Net(), 5, 4)))
+
+
+def test_recurrence_counts_once_a_step():
+    """7 steps of a 4x4 weight that all of them share: 112 MACs, 16 parameters."""
+
+    def fn(v, x):
+        w = v["params"]["w"]
+        steps = jnp.moveaxis(x, 1, 0)
+        return lax.scan(lambda h, y: (jnp.tanh((h + y) @ w), None), x[:, 0], steps)[0]
+
+    counted = costs.count(function(fn, {"w": f32(4, 4)}, f32(2, 7, 4)))
+    assert (counted.macs, counted.params) == (112, 16)
+    assert counted.rows[0].steps == (7,)
+
+
+def test_a_loop_over_examples_is_one_example():
+    """`lax.map` over the batch is a scan: of one step, for one example."""
+
+    def fn(v, x):
+        return lax.map(lambda y: v["params"]["w"] @ y, x)
+
+    assert costs.count(function(fn, {"w": f32(5, 4)}, f32(9, 4))).macs == 20
 
 
 def test_shared_weight_costs_twice_and_weighs_once():

@@ -81,7 +81,7 @@ def of_equation(eqn: trace.Equation) -> int:
 
 
 def of_site(site: sites.Site) -> int:
-    """MACs of one site at the shapes of its trace, all layers of a scan together.
+    """MACs of one site at the shapes of its trace, all steps of its scans together.
 
     >>> m = cj.from_function(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 5))},
     ...                      jnp.ones((2, 3)))
@@ -90,7 +90,7 @@ def of_site(site: sites.Site) -> int:
     """
     lhs, rhs = (site.x, site.w) if site.weight_side else (site.w, site.x)
     once = product(site.primitive, site.params, lhs, rhs, site.out)
-    return once * math.prod(site.layers)
+    return once * math.prod(length for length, _ in site.loops)
 
 
 class Counted(sites._Finder):
