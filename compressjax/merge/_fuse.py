@@ -82,13 +82,12 @@ def fuse(where: str = "**") -> Transform:
       NoMatchError: if the glob matches no site.
       StructureChangedError: at a call whose trace does not have the fused segments.
 
+    >>> v = {"params": {"kernel": jnp.eye(2), "scale": jnp.array([[2.0, 3.0]])},
+    ...      "batch_stats": {"mean": jnp.ones((1, 2))}}
     >>> def net(v, x):
-    ...     y = x @ v["params"]["kernel"] - v["batch_stats"]["mean"]
-    ...     return y * v["params"]["scale"]
-    >>> v = {"params": {"kernel": jnp.eye(2), "scale": jnp.array([2.0, 3.0])},
-    ...      "batch_stats": {"mean": jnp.ones(2)}}
-    >>> m = cj.merge.fuse()(cj.from_function(
-    ...     lambda v, x: net(v, x), v, jnp.ones((1, 2))))
+    ...     p = v["params"]
+    ...     return (x @ p["kernel"] - v["batch_stats"]["mean"]) * p["scale"]
+    >>> m = cj.merge.fuse()(cj.from_function(net, v, jnp.ones((1, 2))))
     >>> m.variables["params"]["kernel"].tolist(), m.variables["params"]["bias"].tolist()
     ([[2.0, 0.0], [0.0, 3.0]], [-2.0, -3.0])
     """

@@ -216,7 +216,7 @@ class Program:
         def visit(atom: Any) -> None:
             if isinstance(atom, tracing.Literal):
                 if np.ndim(atom.val) == 0:
-                    found.append(float(atom.val))
+                    found.append(float(np.float32(atom.val)))
             elif atom in self.producer and atom not in seen:
                 seen.add(atom)
                 for a in self.eqns[self.producer[atom]].invars:
