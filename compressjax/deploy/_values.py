@@ -1,0 +1,116 @@
+"""What a value of an integer network can be, besides a float array.
+
+    Known   depends on variables only (or on nothing)
+    Codes   int8 / uint8:  value = s (q - z), one s and one z for the tensor
+    Sums    int32 accumulators of a site:  value = s_c (acc + b_c), then ReLU, max-pool
+    Fixed   int32 fixed point:  value = u v, one unit u (a power of two, or that over a
+            count), for residual sums and averages
+
+Attributes marked "pack only" are NumPy values known while the network is packed; when
+it runs, whatever was computed from them is read from the variables.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(eq=False)
+class Known:
+    """A value that depends on variables only.
+
+    Attributes:
+      shape, dtype: of the whole value.
+      value: the value from the leaves, broadcastable to shape (size 1 where it does not
+        vary).
+      static: no leaf is in it, so it is known whenever the network is traced.
+      weight: its codes and scale if it is fake-quantized.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    value: Callable[["Leaves"], Any]
+    static: bool = False
+    weight: "Weight | None" = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """The parts of a fake-quantized weight; zero is a Known too."""
+
+    codes: Known
+    scale: Known
+    zero: Known
+
+
+class Leaves:
+    """The variable leaves that a Known may ask for, with a memory of results."""
+
+    def __init__(self, get: Callable[[int], Any]):
+        self.get = get
+        self.done: dict[Any, Any] = {}
+
+    def of(self, known: Known) -> Any:
+        return self.once(known, lambda: known.value(self))
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self.done:
+            self.done[key] = make()
+        return self.done[key]
+
+
+@dataclasses.dataclass(eq=False)
+class Codes:
+    """value = scale (q - zero), with lo <= q <= hi."""
+
+    q: jax.Array
+    marker: str
+    zero: int
+    lo: int
+    hi: int
+    scale: float | None = None  # pack only
+
+    @property
+    def bound(self) -> float:
+        assert self.scale is not None
+        return self.scale * max(abs(self.lo - self.zero), abs(self.hi - self.zero))
+
+
+@dataclasses.dataclass(eq=False)
+class Sums:
+    """value = pools(clip(scale (acc - offset + bias), 0 if low, high)).
+
+    scale, bias and offset have the rank of acc, with size 1 where they do not vary.
+    """
+
+    acc: jax.Array
+    site: str
+    offset: jax.Array | None = None  # of a zero point that the accumulator contains
+    low: bool = False  # a ReLU
+    high: float | None = None
+    pools: tuple[Any, ...] = ()
+    bias_key: str | None = None  # of the bias among the variables
+    scale: np.ndarray | None = None  # pack only, float64
+    bias: np.ndarray | None = None  # pack only, float64, in units of value
+    acc_bound: np.ndarray | None = None  # pack only: largest |acc - offset|
+
+    @property
+    def bound(self) -> float:
+        assert self.scale is not None and self.acc_bound is not None
+        bias = 0 if self.bias is None else np.abs(self.bias)
+        return float(np.max(self.acc_bound * self.scale + bias))
+
+
+@dataclasses.dataclass(eq=False)
+class Fixed:
+    """value = unit v."""
+
+    v: jax.Array
+    unit: float | None = None  # pack only
+    bound: float | None = None  # pack only: largest |value|
+
+
+Quantized = Codes | Sums | Fixed
