@@ -81,8 +81,8 @@ class Checkpoints:
             self._clean(place.stage)
         meshes.wait(f"done {place.name}")
 
-    def restore(self, place: Place, like: Tree) -> tuple[Tree, dict[str, Any]]:
-        """The state, with the structure and shardings of `like`, and its notes."""
+    def restore(self, place: Place, like: Tree) -> Tree:
+        """The state, with the structure and shardings of `like`."""
         path = self.root / place.name
         wanted = _whole(like)
         with _checkpointer() as orbax:
@@ -107,9 +107,10 @@ class Checkpoints:
                     operation="restore",
                     remedy="Was the config or the code changed? Use a new --workdir.",
                 )
-        return jax.tree.unflatten(structure, new), self.notes(place)
+        return jax.tree.unflatten(structure, new)
 
     def notes(self, place: Place) -> dict[str, Any]:
+        """What was noted when it was saved."""
         manifest = self.root / place.name / "manifest.json"
         return json.loads(manifest.read_text())["notes"]
 

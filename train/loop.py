@@ -179,10 +179,17 @@ def run_stage(
     before = sum(s.epochs for s in config.stages[:index]) * ctx.steps_per_epoch
     last = checkpoints.Place(index, ctx.steps)
 
-    # Optimiser and state
-    apply_fn = model.apply_fn
+    place = last if best and best.stage > index else best
+    notes = saved.notes(place) if place and place.stage == index else None
+    check_same_history(model, notes["history"] if notes else None, stage.name)
+
+    # Lowerings: chosen by the clock before step 0, read back ever after
+    apply_fn, lowerings = model.apply_fn, None
     if config.tune and stage.epochs:
-        apply_fn = tuned(model, saved.root.parent / "lowerings", stage.name).apply_fn
+        lowerings = notes["lowerings"] if notes else choose(model, config, mesh)
+        apply_fn = cj.deploy.tune(choices=lowerings)(model).apply_fn
+
+    # Optimiser and state
     optimizer = stage.optimizer(model, ctx) if stage.optimizer else _nothing()
     state = step.init_state(model, optimizer)
     shardings = meshes.state_shardings(state, mesh, fsdp=config.fsdp)
@@ -201,9 +208,7 @@ def run_stage(
         out_shardings=(shardings, meshes.replicated(mesh)),
     )
     evaluate_step = jax.jit(
-        step.evaluate_step(
-            model.apply_fn, stage.loss, augment.normalise(config.images)
-        ),
+        step.evaluate_step(apply_fn, stage.loss, augment.normalise(config.images)),
         out_shardings=meshes.replicated(mesh),
     )
 
@@ -224,15 +229,17 @@ def run_stage(
                 )
 
     def save(at: int, state: step.State) -> None:
-        history = [[s.name, s.text] for s in model.history]
-        notes = {"sizes": record.sizes(), "stage": stage.name, "history": history}
+        notes = {
+            "stage": stage.name,
+            "sizes": record.sizes(),
+            "history": structure(model),
+            "lowerings": lowerings,
+        }
         saved.save(checkpoints.Place(index, at), state, notes)
 
     # Where to start
-    place = last if best and best.stage > index else best
-    if place and place.stage == index:
-        state, notes = saved.restore(place, state)
-        check_same_history(model, notes["history"], stage.name)
+    if place and notes:
+        state = saved.restore(place, state)
     else:
         log(0, 0, state)
         save(0, state)
@@ -310,18 +317,32 @@ def _nothing() -> Any:
     return optax.set_to_zero()
 
 
-def tuned(model: cj.Model, folder: pathlib.Path, name: str) -> cj.Model:
-    """The Model with the lowerings chosen for this machine; chosen once, then read."""
-    raise NotImplementedError
+def choose(model: cj.Model, config: configs.Config, mesh: Any) -> dict[str, Any]:
+    """The lowerings that train this Model fastest here; the same on all hosts."""
+    sizes = (max(1, config.batch_size // mesh.size),)
+    timed = cj.deploy.tune(batch_sizes=sizes, backward=True)(model)
+    return json.loads(meshes.first_says(timed.history[-1].text))["choices"]
 
 
-def check_same_history(model: cj.Model, saved: list[Any], stage: str) -> None:
-    """A stage's transform must do again what it did before the run was stopped."""
-    now = [[s.name, s.text] for s in model.history]
-    if now != saved:
-        changed = [a[0] for a, b in zip(now, saved, strict=False) if a != b]
+def structure(model: cj.Model) -> list[list[Any]]:
+    """The history of a Model, without what a clock decided."""
+    steps = []
+    for each in model.history:
+        settings = {k: v for k, v in each.settings.items() if k != "choices"}
+        steps.append([each.name, json.dumps(settings, sort_keys=True)])
+    return steps
+
+
+def check_same_history(model: cj.Model, saved: list[Any] | None, stage: str) -> None:
+    """A transform must do again what it did before, and the same on every host."""
+    now = structure(model)
+    first = json.loads(meshes.first_says(json.dumps(now)))
+    for expected, what in ((saved, "before the run was stopped"), (first, "host 0")):
+        if expected is None or now == expected:
+            continue
+        changed = [a[0] for a, b in zip(now, expected, strict=False) if a != b]
         raise errors.CheckpointError(
-            "its transform gave another Model than before the run was stopped "
+            f"its transform gave another Model than {what} "
             f"(at {', '.join(changed) or 'its length'}).",
             path=stage,
             operation="resume",
