@@ -1,0 +1,345 @@
+"""Put quantizers in front of products: fake quantization of any network.
+
+At every chosen site, op(x, w) becomes
+
+    op(Q_x(x), Q_w(w))
+
+so that an input is quantized where it is read: after the nonlinearity that made it, and
+before the zero padding of a convolution (0 is on the grid). A product of two activations
+has both operands quantized by the input quantizer.
+
+The states lie in the collections "quantize" (trained steps) and "quantize_state" (what
+is observed), a second insertion in "quantize_1" and "quantize_state_1", as
+{site: {"weights": state, "inputs": state}}. "weights" is the second operand of a product
+of activations. Inside `scan` the states carry a leading layer axis.
+
+With "quantize_state" in `mutable`:
+  - while an input has seen no data, the network runs in float and only observes;
+  - afterwards observers go on, weight ranges follow the weights, and both are used at
+    once. Without it all ranges stay as they are.
+Whether a quantizer has seen data is written in the structure of its state, so that it is
+known under jit.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import scope as flax_scope
+
+from compressjax.core import errors, rewrite, trees
+from compressjax.core.model import (
+    Model,
+    Row,
+    Step,
+    Transform,
+    fresh_name,
+    zeros_like_spec,
+)
+from compressjax.quantize import _calibrate, _uniform
+from compressjax.quantize._quantizer import Quantizer
+
+TRAINED, OBSERVED = "quantize", "quantize_state"
+Pair = tuple[Quantizer | None, Quantizer | None]
+Override = Mapping[str, Quantizer | None] | None
+
+
+def insert(
+    weights: Quantizer | None,
+    inputs: Quantizer | None = None,
+    *,
+    where: str = "**",
+    overrides: Mapping[str, Override] | None = None,
+    batches: Iterable[Any] | None = None,
+) -> Transform:
+    """A transform that quantizes the weights, and the inputs, of the chosen sites.
+
+    Args:
+      weights: quantizer of weights; gets the output channels of each as channel axis.
+        None leaves weights as they are.
+      inputs: quantizer of the inputs of the sites, and of both operands of products of
+        activations. It needs data: `batches` here, or `calibrate` later.
+      where: a glob over site names.
+      overrides: {glob: {"weights": quantizer, "inputs": quantizer}}, where a missing key
+        keeps the quantizer above and None is float; {glob: None} leaves the site alone.
+        The last glob that matches counts.
+      batches: a re-iterable of input tuples to calibrate with at once.
+
+    Returns:
+      Model -> Model with `bits` filled, and a row of the report for each site.
+
+    Raises:
+      NoMatchError: if `where` or an override matches no site.
+      NotCalibratedError: at a call, while an input quantizer has seen no data.
+      UnsupportedError: if a chosen site lies in a loop that no state can be carried out
+        of.
+
+    >>> m = cj.from_function(lambda p, x: x @ p["w"], {"w": jnp.array([[0.3], [1.27]])},
+    ...                      jnp.ones((1, 2)))
+    >>> q = cj.quantize.insert(cj.quantize.uniform(2))(m)
+    >>> q(jnp.ones((1, 2))).tolist(), q.bits["params/w"]
+    ([[1.2699999809265137]], (2, 32))
+    """
+    chosen_overrides = dict(overrides or {})
+    for glob, value in chosen_overrides.items():
+        _check_override(glob, value)
+
+    def transform(model: Model) -> Model:
+        rewriter = rewrite.Rewriter(model, where)
+        plan, rows = _plan(rewriter, weights, inputs, where, chosen_overrides)
+        names = (
+            fresh_name(TRAINED, model.variables),
+            fresh_name(OBSERVED, model.variables),
+        )
+        apply_fn = _apply(rewriter, plan, *names)
+        trained, observed = _split(plan, _initial(rewriter, plan, model))
+        new = {names[0]: trained} if trained else {}
+        new |= {names[1]: observed} if observed else {}
+        step = Step.of(
+            "quantize.insert",
+            weights=_text(weights),
+            inputs=_text(inputs),
+            where=where,
+            overrides=[
+                [glob, None if v is None else {k: _text(q) for k, q in v.items()}]
+                for glob, v in chosen_overrides.items()
+            ],
+        )
+        bits = {
+            name: tuple(32 if q is None else q.bits for q in pair)
+            for name, pair in plan.items()
+        }
+        extra = (names[0],) if trained else ()
+        out = model.then(
+            step,
+            report=rows,
+            apply_fn=apply_fn,
+            variables={**model.variables, **new},
+            trainable=(*model.trainable, *extra),
+            bits={**model.bits, **bits},
+        )
+        return out if batches is None else _calibrate.calibrate(batches)(out)
+
+    return transform
+
+
+def _check_override(glob: str, value: Override) -> None:
+    good = value is None or (
+        isinstance(value, Mapping) and set(value) <= {"weights", "inputs"}
+    )
+    if not good:
+        raise TypeError(
+            f'overrides["{glob}"] is {value!r}: give None, or a dict with "weights" '
+            'and/or "inputs".'
+        )
+
+
+def _text(quantizer: Quantizer | None) -> str | None:
+    return None if quantizer is None else quantizer.settings
+
+
+def _plan(
+    rewriter, weights, inputs, where, overrides
+) -> tuple[dict[str, Pair], list[Row]]:
+    """{site: (quantizer of w, of x)}, and the rows of the report."""
+    selected = rewriter.found.select(where)
+    for glob in overrides:
+        trees.select(glob, sorted(selected), what="site")
+    plan: dict[str, Pair] = {}
+    rows = []
+    for site in rewriter.found.sites:
+        if site.name not in selected:
+            rows.append(Row("quantize.insert", site.name, None, None, "not in `where`"))
+            continue
+        q_w, q_x = weights, inputs
+        reason = ""
+        for glob, value in overrides.items():
+            if not trees.matches(glob, site.name):
+                continue
+            if value is None:
+                q_w, q_x, reason = None, None, f'overrides["{glob}"] is None'
+            else:
+                q_w, q_x = value.get("weights", weights), value.get("inputs", inputs)
+                reason = ""
+        asked = _word(q_w, q_x)
+        if site.leaf is None:
+            q_w = q_x
+            reason = reason or "a product of activations; inputs is None"
+        floats = [jnp.issubdtype(s.dtype, jnp.floating) for s in (site.x, site.w)]
+        if not all(floats):
+            q_w = q_x = None
+            reason = f"its operands are {site.x.dtype} and {site.w.dtype}, not floats"
+        if q_w is None and q_x is None:
+            reason = reason or "no quantizer for it"
+            rows.append(Row("quantize.insert", site.name, asked, "float", reason))
+            continue
+        plan[site.name] = (q_w, q_x)
+        rows.append(Row("quantize.insert", site.name, asked, _word(q_w, q_x)))
+    if not plan:
+        raise errors.RefusedError(
+            "no site is left to quantize: " + "; ".join(r.reason for r in rows[:3]),
+            operation="quantize.insert",
+            remedy="Give `weights` or `inputs`, or narrow the overrides.",
+        )
+    return plan, rows
+
+
+def _word(q_w: Quantizer | None, q_x: Quantizer | None) -> str:
+    """W8A8, W4A32."""
+    return f"W{q_w.bits if q_w else 32}A{q_x.bits if q_x else 32}"
+
+
+def _spec(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _initial(rewriter, plan: Mapping[str, Pair], model: Model) -> dict[str, Any]:
+    """{site: {"weights": state, "inputs": state}} before any data."""
+
+    def rule(site, op, x, w, state):
+        new = {}
+        q_w, q_x = plan.get(site.name, (None, None))
+        if q_w is not None and site.leaf is not None:
+            new["weights"] = q_w.init(w, channel_axis=site.w_out_axes)
+        elif q_w is not None:
+            new["weights"] = q_w.init(_spec(w))
+        if q_x is not None:
+            new["inputs"] = q_x.init(_spec(x))
+        return op(x, w), new or None
+
+    def states(variables, inputs):
+        return rewriter(rule, {}, variables, inputs, {})[1]
+
+    leaves = jax.tree.leaves(model.variables)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+        return jax.eval_shape(states, model.variables, model.inputs)
+    # Only weights reach the result: XLA drops the rest of the network.
+    return jax.jit(states)(model.variables, zeros_like_spec(model.inputs))
+
+
+def _split(plan: Mapping[str, Pair], states: Mapping[str, Any]) -> tuple[dict, dict]:
+    """(states of trained quantizers, states that only updates move)."""
+    trained: dict[str, Any] = {}
+    observed: dict[str, Any] = {}
+    for name, parts in states.items():
+        for role, state in parts.items():
+            q = plan[name][0 if role == "weights" else 1]
+            into = trained if q is not None and q.trained else observed
+            into.setdefault(name, {})[role] = state
+    return trained, observed
+
+
+def _join(*collections: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    out: dict[str, dict[str, Any]] = {}
+    for states in collections:
+        for name, parts in states.items():
+            out.setdefault(name, {}).update(parts)
+    return out
+
+
+def _without(mutable: Any, name: str) -> Any:
+    """The filter `mutable` for the inner function: its own collections alone."""
+    if mutable == name:
+        return False
+    if isinstance(mutable, list | tuple | set | frozenset):
+        left = [m for m in mutable if m != name]
+        return left if left or not mutable else False
+    return mutable
+
+
+def _apply(rewriter, plan: Mapping[str, Pair], trained: str, observed: str):
+    inner = rewriter.apply_fn
+
+    def unready(states) -> str | None:
+        """The first site with a state that has seen no data."""
+        for name, parts in states.items():
+            for role, state in parts.items():
+                q = plan[name][0 if role == "weights" else 1]
+                if q is not None and not q.ready(state):
+                    return name
+        return None
+
+    @functools.wraps(inner)
+    def apply_fn(variables, *args, **kwargs):
+        variables = dict(variables)
+        states = _join(variables.pop(trained, {}), variables.pop(observed, {}))
+        mutable = kwargs.get("mutable", False)
+        observing = mutable is not False and flax_scope.in_filter(mutable, observed)
+        inner_mutable = _without(mutable, observed)
+        if inner_mutable is False:  # a plain function may not know the keyword
+            kwargs.pop("mutable", None)
+        else:
+            kwargs["mutable"] = inner_mutable
+        waiting = unready(states)
+        if waiting is not None and not observing:
+            raise errors.NotCalibratedError(
+                "its input quantizer has seen no data.",
+                path=waiting,
+                operation="quantize.insert",
+                remedy="Run cj.quantize.calibrate(batches)(model) first.",
+            )
+
+        def rule(site, op, x, w, state):
+            if state is None:
+                return op(x, w), None
+            q_w, q_x = plan[site.name]
+            values = {"weights": w, "inputs": x}
+            quantizers = {"weights": q_w, "inputs": q_x}
+            new = {}
+            for role, part in state.items():
+                q, value = quantizers[role], values[role]
+                if observing and q.update is not None and not q.trained:
+                    part = q.update(part or q.init(_spec(value)), value)
+                    new[role] = part
+                if waiting is None:
+                    values[role] = q.apply(part, value)
+            return op(values["inputs"], values["weights"]), new or None
+
+        out, new = rewriter(rule, states, variables, args, kwargs)
+        if not observing:
+            return out
+        out, updates = (out, {}) if inner_mutable is False else out
+        _, before = _split(plan, states)
+        _, after = _split(plan, new)
+        kept = {name: {**before[name], **after.get(name, {})} for name in before}
+        return out, {**updates, observed: kept}
+
+    return apply_fn
+
+
+def replay(step: Step) -> Transform:
+    """The transform that an "quantize.insert" or "quantize.calibrate" step describes.
+
+    Needs no data: states come out with the right structure and shapes, and zeros where
+    they would have been observed.
+
+    Raises:
+      CheckpointError: if a quantizer was made by hand, so that no settings tell it.
+    """
+    if step.name == "quantize.calibrate":
+        return _calibrate.as_if_calibrated
+
+    def quantizer(text: str | None) -> Quantizer | None:
+        if text is None:
+            return None
+        if not text:
+            raise errors.CheckpointError(
+                "a quantizer made by hand cannot be rebuilt from its settings.",
+                operation=step.name,
+                remedy="Pass the original Model: load(path, model=...).",
+            )
+        return _uniform.from_settings(text)
+
+    s = step.settings
+    overrides = {
+        glob: None if v is None else {k: quantizer(q) for k, q in v.items()}
+        for glob, v in s["overrides"]
+    }
+    return insert(
+        quantizer(s["weights"]),
+        quantizer(s["inputs"]),
+        where=s["where"],
+        overrides=overrides,
+    )
