@@ -1,6 +1,7 @@
 """What one example costs: parameters, MACs, BOPs and bytes, site by site.
 
-    params   trained parameters, without running statistics; a masked one does not count
+    params   trained parameters, without running statistics, or the codes and integer
+             biases that stand for them; one that a mask removes does not count
     macs     multiply-accumulates of convolutions, dense layers and products of two
              activations (attention); a weight that a mask removes costs nothing
     bops     sum over the sites of macs * weight bits * input bits
@@ -155,7 +156,9 @@ def count(model: Model, **kwargs: Any) -> Costs:
         params=sum(
             kept.get(path, math.prod(leaf.shape))
             for path, leaf in leaves.items()
-            if path.split("/", 1)[0] in model.trainable or path in stored
+            if path.split("/", 1)[0] in model.trainable
+            or path in stored
+            or (path.endswith("/bias") and _is_integer(leaf.dtype))
         ),
         macs=sum(row.macs for row in rows),
         bops=sum(row.bops for row in rows),

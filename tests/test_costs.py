@@ -352,7 +352,7 @@ def test_integer_codes_have_the_bits_of_their_type():
     assert (row.name, row.weight_bits, row.input_bits) == ("integer/a/kernel", 8, 8)
     assert (counted.macs, counted.bops) == (15, 15 * 64)
     assert counted.bytes == 15 + 12 + 12
-    assert counted.params == 15
+    assert counted.params == 15 + 3
 
 
 def test_integer_codes_keep_the_bits_of_the_model():
@@ -361,6 +361,32 @@ def test_integer_codes_keep_the_bits_of_the_model():
     counted = costs.count(model.replace(bits={"params/a/kernel": (4, 8)}))
     assert counted.bops == 15 * 4 * 8
     assert counted.bytes == 8 + 12 + 12
+
+
+def test_float_to_integer_network(key):
+    """Quantized and packed: the same MACs, 1/16 of the BOPs, about 1/4 of the bytes."""
+
+    def fn(v, x):
+        p = v["params"]
+        x = nn.relu(x @ p["a"]["kernel"] + p["a"]["bias"])
+        return x @ p["b"]["kernel"] + p["b"]["bias"]
+
+    x = jax.random.normal(key, (2, 40))
+    params = {
+        "a": {"kernel": jnp.ones((40, 30)), "bias": jnp.ones((1, 30))},
+        "b": {"kernel": jnp.ones((30, 5)), "bias": jnp.ones((1, 5))},
+    }
+    model = function(fn, params, x)
+    quantized = cj.quantize.ptq([(x,)], bits=8)(model)
+    packed = cj.deploy.integer(tune=False)(quantized)
+    plain, fake, codes = map(costs.count, (model, quantized, packed))
+    assert plain.macs == fake.macs == codes.macs
+    assert plain.bops == 16 * fake.bops == 16 * codes.bops
+    assert plain.params == fake.params == codes.params == 1385
+    assert [r.params for r in codes.rows] == [r.params for r in plain.rows]
+    kernels = 40 * 30 + 30 * 5
+    assert kernels < codes.bytes < plain.bytes / 2
+    assert kernels < fake.bytes < plain.bytes / 2
 
 
 def test_lowered_networks_are_counted_as_written():
