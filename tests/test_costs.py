@@ -239,6 +239,22 @@ def test_masked_weights_cost_nothing():
     assert counted.bytes == 4 * 36 + 1
 
 
+def test_a_masked_network_costs_what_the_small_one_costs():
+    """Parameters and MACs; only the bytes are still there."""
+    module = models.cifar_resnet("resnet8", blocks=(1, 1), width=4)
+    variables = jax.eval_shape(module.init, jax.random.key(0), f32(1, 8, 8, 3))
+    variables = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), variables)
+    model = cj.from_linen(module, variables, f32(1, 8, 8, 3))
+    keep = {
+        g.name: np.arange(g.size) % 4 == 0 for g in cj.prune.groups(model) if g.prunable
+    }
+    held = costs.count(cj.prune.mask(keep)(model))
+    small = costs.count(cj.prune.shrink(keep)(model))
+    assert [r.macs for r in held.rows] == [r.macs for r in small.rows]
+    assert (held.params, held.macs) == (small.params, small.macs)
+    assert 3 * small.params < costs.count(model).params < held.bytes / 4
+
+
 def test_two_masks_keep_what_both_keep():
     rows = jnp.array([[True], [False], [True], [True]])  # 3 of 4 inputs
     columns = jnp.array([[True, True, False, True, False, True]])  # 4 of 6 outputs
