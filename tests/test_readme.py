@@ -15,7 +15,9 @@ def test_the_example_runs(capsys):
 
 
 def test_linked_and_named_files_exist():
-    named = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"configs/\w+\.py", README)
+    named = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(
+        r"configs/\w+\.py", README
+    )
     named = [n for n in named if not n.startswith("http")]
     assert named
     assert [n for n in named if not (ROOT / n).exists()] == []
