@@ -290,8 +290,9 @@ def window(e: Engine, eqn: Any, ins: Sequence[Labels]) -> list[Labels]:
         a for a, t in enumerate(trivial) if (t[0], t[1], tuple(t[2])) != (1, 1, (0, 0))
     ]
     v = blocks.freeze_axes(e, ins[0], dims, "is the axis of a window")
-    axes = [UNIFORM if n == 1 else a for a, n in zip(v.axes, out_shapes(eqn)[0])]
-    return [v.like(out_shapes(eqn)[0], axes, v.wide)]
+    (shape,) = out_shapes(eqn)
+    axes = [UNIFORM if n == 1 else a for a, n in zip(v.axes, shape, strict=True)]
+    return [v.like(shape, axes, v.wide)]
 
 
 def iota(e: Engine, eqn: Any, ins: Sequence[Labels]) -> list[Labels]:

@@ -4,8 +4,8 @@ Every index of every axis of every variable leaf starts with a label of its own.
 over the jaxpr carries the labels along with the values and unites those that meet: the
 rules are in `label_rules`. Connected components of what was united are the channels.
 
-The labels of a value are a list of *blocks*, each a set of axes with one array of labels
-over exactly those axes. An ordinary axis is a block of one axis. A reshape (96) ->
+The labels of a value are a list of *blocks*, each a set of axes with one array of
+labels over exactly those axes. An ordinary axis is a block of one axis. A reshape (96) ->
 (3, 4, 8) makes one block of three axes, which stays undecided until an operation
 consumes part of it; then `collapse` ties the labels along the other axes.
 

@@ -1,4 +1,8 @@
 """Channel groups, shrinking to smaller shapes, masks, and scores of channels."""
 
+from compressjax.prune import scores as scores
+from compressjax.prune._channels import channels as channels
 from compressjax.prune._groups import ChannelGroup as ChannelGroup
 from compressjax.prune._groups import groups as groups
+from compressjax.prune._mask import mask as mask
+from compressjax.prune._shrink import shrink as shrink

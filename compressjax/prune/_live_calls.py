@@ -1,0 +1,480 @@
+"""The interpreter over live values, and the operations that hold a jaxpr of their own.
+
+Inner calls are inlined. What changes differentiation is kept: custom derivatives are
+derived at full size and evaluated live, remat and scan are built again around the live
+body. A value crosses such a border as its data and its array reps.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from compressjax.core import label_rules, trace
+from compressjax.prune import _live_movement as movement
+from compressjax.prune import _live_products as products
+from compressjax.prune._live import (
+    Dead,
+    Live,
+    NeedFull,
+    fillable,
+    from_constant,
+    full,
+    is_array,
+    plain,
+    spell_out,
+)
+from compressjax.prune._live_elementwise import elementwise
+
+Rule = Callable[[Any, Sequence[Live]], list[Live]]
+
+
+def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Live]) -> list[Live]:
+    """Run a jaxpr of the full network on live values."""
+    env: dict[Any, Live] = dict(zip(jaxpr.invars, args, strict=True))
+    env.update(zip(jaxpr.constvars, map(from_constant, consts), strict=True))
+
+    def read(atom: Any) -> Live:
+        return from_constant(atom.val) if isinstance(atom, trace.Literal) else env[atom]
+
+    last = last_uses(jaxpr)
+    for i, eqn in enumerate(jaxpr.eqns):
+        ins = [read(a) for a in eqn.invars]
+        with trace.context_of(eqn):
+            outs = step(eqn, ins)
+        env.update(zip(eqn.outvars, outs, strict=True))
+        for var in last.get(i, ()):
+            env.pop(var, None)
+    return [read(a) for a in jaxpr.outvars]
+
+
+def last_uses(jaxpr: Any) -> dict[int, list[Any]]:
+    """Variables to forget after each equation, so that eager memory stays flat."""
+    last: dict[Any, int] = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        for a in (*eqn.invars, *eqn.outvars):
+            if not isinstance(a, trace.Literal):
+                last[a] = i
+    for a in jaxpr.outvars:
+        if not isinstance(a, trace.Literal):
+            last.pop(a, None)
+    out: dict[int, list[Any]] = {}
+    for var, i in last.items():
+        out.setdefault(i, []).append(var)
+    return out
+
+
+def step(eqn: Any, ins: Sequence[Live]) -> list[Live]:
+    """One equation. Where no rule can carry the dead entries, it runs at full size."""
+    rule = RULES.get(eqn.primitive.name)
+    small = rule in _TRACKED and all(v.const is not None for v in ins)
+    known = rule in _TRACKED and all(v.known is not None for v in ins)
+    if all(v.plain for v in ins) and not (small or known) and rule not in _SPREADING:
+        return [plain(x) for x in trace.bind(eqn, [v.data for v in ins])]
+    if rule is None:
+        return movement.whole(eqn, ins)
+    try:
+        outs = rule(eqn, ins)
+    except NeedFull:
+        return movement.whole(eqn, ins)
+    if not all(fillable(v) for v in outs):
+        remember(eqn, ins, outs)
+    return outs
+
+
+def remember(eqn: Any, ins: Sequence[Live], outs: Sequence[Live]) -> None:
+    """How to rebuild results whose dead entries have no common value."""
+    memo: list[Any] = []
+
+    def rebuild(i: int) -> Any:
+        if not memo:
+            with trace.context_of(eqn):
+                memo.extend(trace.bind(eqn, [full(v) for v in ins]))
+        return memo[i]
+
+    for i, out in enumerate(outs):
+        out.thunk = lambda i=i: rebuild(i)
+
+
+class Crossing:
+    """Live values as flat arrays and back, for the border of a JAX transformation."""
+
+    def __init__(self, values: Sequence[Live]):
+        self.values = [v if fillable(v) else plain(full(v)) for v in values]
+
+    def arrays(self) -> list[Any]:
+        out = []
+        for v in self.values:
+            out.append(v.data)
+            out += [d.rep for d in v.dead if is_array(d.rep)]
+        return out
+
+    def rebuild(self, arrays: Sequence[Any]) -> list[Live]:
+        it = iter(arrays)
+        out = []
+        for v in self.values:
+            data = next(it)
+            dead = [
+                Dead(d.axes, d.keep, next(it) if is_array(d.rep) else d.rep)
+                for d in v.dead
+            ]
+            out.append(Live(data, v.shape, dead, v.uniform, v.const, v.known))
+        return out
+
+
+def inner(eqn: Any) -> tuple[Any, Sequence[Any]]:
+    """The jaxpr of a call and its constants."""
+    p = eqn.params
+    body = p.get("jaxpr") or p.get("call_jaxpr") or p.get("fun_jaxpr")
+    return (body.jaxpr, body.consts) if hasattr(body, "jaxpr") else (body, ())
+
+
+def inline(eqn: Any, ins: Sequence[Live]) -> list[Live]:
+    if eqn.params.get("name") == "fake_quant" and len(ins) == 5:
+        return fake_quant(eqn, ins)
+    return evaluate(*inner(eqn), ins)
+
+
+def fake_quant(eqn: Any, ins: Sequence[Live]) -> list[Live]:
+    """The marker of fake quantization: elementwise, and zero at zero."""
+    from compressjax.core import straight_through
+
+    return elementwise(
+        eqn, ins, lambda arrays: [straight_through.fake_quant(*arrays)], zero_if=0
+    )
+
+
+def through(eqn: Any, ins: Sequence[Live], wrap: Callable[..., Any]) -> list[Live]:
+    """Evaluate the body inside ``wrap(function)``, a transformation of JAX."""
+    crossing = Crossing(ins)
+    shape: list[Crossing] = []
+
+    def body(*arrays: Any) -> Any:
+        outs = Crossing(evaluate(*inner(eqn), crossing.rebuild(arrays)))
+        shape[:] = [outs]
+        return outs.arrays()
+
+    results = wrap(body)(*crossing.arrays())
+    return shape[0].rebuild(results)
+
+
+def remat(eqn: Any, ins: Sequence[Live]) -> list[Live]:
+    p = eqn.params
+
+    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.checkpoint(fn, policy=p["policy"], prevent_cse=p["prevent_cse"])
+
+    return through(eqn, ins, wrap)
+
+
+def custom_jvp(eqn: Any, ins: Sequence[Live]) -> list[Live]:
+    body, _ = inner(eqn)
+    if len(ins) == 5 and any(e.params.get("name") == "fake_quant" for e in body.eqns):
+        return fake_quant(eqn, ins)
+
+    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+        live = jax.custom_jvp(fn)
+        crossing = Crossing(ins)
+
+        @live.defjvp
+        def rule(primals: Any, tangents: Any) -> Any:
+            tangents = [
+                jnp.zeros_like(p) if _is_float0(t) else t
+                for p, t in zip(primals, tangents, strict=True)
+            ]
+            out, jvp_of = _derived_jvp(eqn, crossing, primals, tangents)
+            return out, jvp_of
+
+        return live
+
+    return through(eqn, ins, wrap)
+
+
+def _is_float0(x: Any) -> bool:
+    return getattr(x, "dtype", None) == jax.dtypes.float0
+
+
+def _tangent_of(v: Live, data: Any, dead: Sequence[Dead]) -> Live:
+    return Live(data, v.shape, dead, v.uniform)
+
+
+def _derived_jvp(eqn: Any, crossing: Crossing, primals: Any, tangents: Any):
+    """The derivative rule of the full operation, evaluated on live values."""
+    specs = [a.aval for a in eqn.invars]
+    real = [i for i, s in enumerate(specs) if jnp.issubdtype(s.dtype, jnp.inexact)]
+
+    def at_full_size(values: Any, moves: Any) -> Any:
+        all_moves = [np.zeros(s.shape, jax.dtypes.float0) for s in specs]
+        for i, t in zip(real, moves, strict=True):
+            all_moves[i] = t
+        return jax.jvp(lambda *a: trace.bind(eqn, a), tuple(values), tuple(all_moves))
+
+    arrays = [jax.ShapeDtypeStruct(s.shape, s.dtype) for s in specs]
+    jaxpr = jax.make_jaxpr(at_full_size)(arrays, [arrays[i] for i in real])
+    values = crossing.rebuild(primals)
+    moves = []
+    it = iter(tangents)
+    for i, v in enumerate(crossing.values):
+        data = next(it)
+        dead = []
+        for d in v.dead:
+            rep = next(it) if is_array(d.rep) else None
+            if rep is None:  # a constant does not move
+                rep = np.zeros((), np.dtype(data.dtype))[()]
+            dead.append(Dead(d.axes, d.keep, rep))
+        if i in real:
+            moves.append(_tangent_of(v, data, dead))
+    outs = evaluate(jaxpr.jaxpr, jaxpr.consts, [*values, *moves])
+    half = len(outs) // 2
+    primal_outs = Crossing(evaluate(*inner(eqn), values))
+    tangent_arrays = []
+    for like, v in zip(primal_outs.values, outs[half:], strict=True):
+        tangent_arrays += _like(v, like)
+    return primal_outs.arrays(), tangent_arrays
+
+
+def _like(v: Live, like: Live) -> list[Any]:
+    """The arrays of `v` in the structure of another value (its tangent's primal)."""
+    data = match(v, like)
+    out = [data]
+    for d in like.dead:
+        if is_array(d.rep):
+            mine = [b for b in v.dead if b.axes == d.axes]
+            rep = mine[0].rep if mine and mine[0].rep is not None else 0
+            shape = jnp.shape(d.rep)
+            out.append(jnp.broadcast_to(jnp.asarray(rep, data.dtype), shape))
+    return out
+
+
+def match(v: Live, like: Live) -> Any:
+    """The live entries of `v`, cut or filled to those of another value."""
+    same = len(v.dead) == len(like.dead) and all(
+        a.axes == b.axes and (a.keep == b.keep).all()
+        for a, b in zip(v.dead, like.dead, strict=True)
+    )
+    if not same:
+        from compressjax.prune._live import merge_units
+
+        v = plain(full(v))
+        arr, units = v.data, v.units()
+        for d in like.dead:
+            arr, units = merge_units(v, arr, units, d.axes, d.keep)
+        return arr
+    return (
+        jnp.broadcast_to(spell_out(v).data, spell_out(like).data.shape)
+        if (v.uniform != like.uniform)
+        else v.data
+    )
+
+
+def custom_vjp(eqn: Any, ins: Sequence[Live]) -> list[Live]:
+    """Forward live; backward through the full operation's rule, evaluated live."""
+    crossing = Crossing([spell_out(v) for v in ins])
+    if any(is_array(d.rep) for v in crossing.values for d in v.dead):
+        crossing = Crossing([plain(full(v)) for v in ins])
+    specs = [jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in eqn.invars]
+    real = [i for i, s in enumerate(specs) if jnp.issubdtype(s.dtype, jnp.inexact)]
+    shape: list[Crossing] = []
+
+    def forward(*arrays: Any) -> Any:
+        outs = evaluate(*inner(eqn), crossing.rebuild(arrays))
+        outs = [v if not _has_array_rep(v) else plain(full(v)) for v in outs]
+        shape[:] = [Crossing([spell_out(v) for v in outs])]
+        return shape[0].arrays()
+
+    live = jax.custom_vjp(forward)
+
+    def fwd(*arrays: Any) -> Any:
+        return forward(*arrays), arrays
+
+    def at_full_size(values: Any, cotangents: Any) -> Any:
+        def call(*floats: Any) -> Any:
+            args = list(values)
+            for i, x in zip(real, floats, strict=True):
+                args[i] = x
+            return trace.bind(eqn, args)
+
+        return jax.vjp(call, *(values[i] for i in real))[1](cotangents)
+
+    def bwd(arrays: Any, cotangents: Any) -> Any:
+        outs = shape[0].values
+        full_outs = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in outs]
+        jaxpr = jax.make_jaxpr(at_full_size)(specs, full_outs)
+        values = crossing.rebuild(arrays)
+        moved = []
+        for v, c in zip(outs, cotangents, strict=True):
+            zero = np.zeros((), np.dtype(c.dtype))[()]
+            moved.append(Live(c, v.shape, [Dead(d.axes, d.keep, zero) for d in v.dead]))
+        grads = evaluate(jaxpr.jaxpr, jaxpr.consts, [*values, *moved])
+        by_place = dict(zip(real, grads, strict=True))
+        return tuple(
+            match(spell_out(by_place[i]), v)
+            if i in by_place
+            else np.zeros(v.data.shape, jax.dtypes.float0)
+            for i, v in enumerate(crossing.values)
+        )
+
+    live.defvjp(fwd, bwd)
+    results = live(*crossing.arrays())
+    return shape[0].rebuild(results)
+
+
+def _has_array_rep(v: Live) -> bool:
+    return any(is_array(d.rep) or d.rep is None for d in v.dead)
+
+
+def _settle_carry(v: Live, out: Live) -> Live | None:
+    """What a carry must look like to hold both; None if it must be full."""
+    same = len(v.dead) == len(out.dead) and all(
+        a.axes == b.axes and (a.keep == b.keep).all()
+        for a, b in zip(v.dead, out.dead, strict=True)
+    )
+    if not same or not all(
+        d.rep is not None and not is_array(d.rep) for d in (*v.dead, *out.dead)
+    ):
+        return None
+    if any(a.rep != b.rep for a, b in zip(v.dead, out.dead, strict=True)):
+        return None
+    return v
+
+
+def scan(eqn: Any, ins: Sequence[Live]) -> list[Live]:
+    """Layers in a scan: one set of dead channels for all, in the carry too.
+
+    A carry whose dead entries change value from layer to layer runs at full width.
+    """
+    p = eqn.params
+    nc, nk, length = p["num_consts"], p["num_carry"], p["length"]
+    consts = Crossing(ins[:nc])
+    carry = [spell_out(v) for v in Crossing(ins[nc : nc + nk]).values]
+    carry = [v if not _has_array_rep(v) else plain(full(v)) for v in carry]
+    xs = [_stacked(v) for v in ins[nc + nk :]]
+    body, body_consts = p["jaxpr"].jaxpr, p["jaxpr"].consts
+    outs: list[Live] = []
+
+    def run(consts_: Any, carry_: Any, xs_: Any) -> list[Live]:
+        layers = [_layer(v, x) for v, x in zip(xs, xs_, strict=True)]
+        states = [Live(a, v.shape, v.dead) for v, a in zip(carry, carry_, strict=True)]
+        return evaluate(body, body_consts, [*consts.rebuild(consts_), *states, *layers])
+
+    def probe(consts_: Any, carry_: Any, xs_: Any) -> Any:
+        outs[:] = [
+            v if fillable(v) else plain(full(v)) for v in run(consts_, carry_, xs_)
+        ]
+        return [v.data for v in outs]
+
+    for _ in range(nk + 2):
+        layer_specs = [jax.ShapeDtypeStruct(v.data.shape[1:], v.data.dtype) for v in xs]
+        jax.eval_shape(probe, consts.arrays(), [v.data for v in carry], layer_specs)
+        settled = [
+            _settle_carry(v, spell_like(o))
+            for v, o in zip(carry, outs[:nk], strict=True)
+        ]
+        if all(s is not None for s in settled):
+            break
+        carry = [
+            v if s is not None else plain(full(v))
+            for v, s in zip(carry, settled, strict=True)
+        ]
+    ys_like: list[Live] = []
+
+    def one(carry_: Any, xs_: Any) -> Any:
+        results = run(consts.arrays(), carry_, xs_)
+        new = [
+            full(o) if not v.dead else spell_out(o).data
+            for v, o in zip(carry, results[:nk], strict=True)
+        ]
+        ys = [
+            spell_out(o if not _has_array_rep(o) else plain(full(o)))
+            for o in results[nk:]
+        ]
+        ys_like[:] = ys
+        return new, [y.data for y in ys]
+
+    final, ys = lax.scan(
+        one,
+        [v.data for v in carry],
+        [v.data for v in xs],
+        length=length,
+        reverse=p["reverse"],
+        unroll=p["unroll"],
+    )
+    carried = [Live(a, v.shape, v.dead) for v, a in zip(carry, final, strict=True)]
+    stacked = [
+        Live(
+            a,
+            (length, *v.shape),
+            [Dead(tuple(i + 1 for i in d.axes), d.keep, d.rep) for d in v.dead],
+        )
+        for v, a in zip(ys_like, ys, strict=True)
+    ]
+    return [*carried, *stacked]
+
+
+def spell_like(v: Live) -> Live:
+    """Structure only: uniform axes count as spelled out."""
+    out = Live(v.data, v.shape, v.dead)
+    return out
+
+
+def _stacked(v: Live) -> Live:
+    """A scanned input: no dead layers, no array reps."""
+    from compressjax.prune._live import expand
+
+    v = spell_out(expand(v, [0]) if v.touching([0]) else v)
+    return plain(full(v)) if _has_array_rep(v) else v
+
+
+def _layer(v: Live, data: Any) -> Live:
+    dead = [Dead(tuple(a - 1 for a in d.axes), d.keep, d.rep) for d in v.dead]
+    return Live(data, v.shape[1:], dead)
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(label_rules.ELEMENTWISE, elementwise),
+    **dict.fromkeys("jit pjit closed_call core_call".split(), inline),
+    **dict.fromkeys("checkpoint remat remat2".split(), remat),
+    **dict.fromkeys("custom_vjp_call custom_vjp_call_jaxpr".split(), custom_vjp),
+    **dict.fromkeys(
+        "cumsum cumprod cummax cummin cumlogsumexp".split(),
+        products.passing(lambda e: [e.params["axis"]]),
+    ),
+    **dict.fromkeys(
+        "reduce_window_sum reduce_window_max reduce_window_min".split(),
+        products.passing(products.window_axes),
+    ),
+    "broadcast_in_dim": movement.broadcast_in_dim,
+    "concatenate": movement.concatenate,
+    "conv_general_dilated": products.conv,
+    "custom_jvp_call": custom_jvp,
+    "dot_general": products.dot_general,
+    "dynamic_slice": movement.dynamic_slice,
+    "gather": movement.gather,
+    "optimization_barrier": movement.identity,
+    "pad": movement.pad,
+    "reduce_and": products.reduction("and"),
+    "reduce_max": products.reduction("max"),
+    "reduce_min": products.reduction("min"),
+    "reduce_or": products.reduction("or"),
+    "reduce_sum": products.reduction("sum"),
+    "reshape": movement.reshape,
+    "rev": movement.rev,
+    "scan": scan,
+    "slice": movement.slice_,
+    "split": movement.split,
+    "squeeze": movement.squeeze,
+    "transpose": movement.transpose,
+}
+_TRACKED = (
+    elementwise,
+    movement.broadcast_in_dim,
+    movement.reshape,
+    movement.squeeze,
+    movement.slice_,
+    movement.transpose,
+    movement.concatenate,
+)
+_SPREADING = (movement.broadcast_in_dim,)
