@@ -58,7 +58,7 @@ def reasons(model):
     return {r.path: r.reason for r in model.report if r.transform == "merge.fuse"}
 
 
-# -- worked by hand ---------------------------------------------------------------------
+# -- worked by hand -----------------------------------------------------------
 
 
 class ConvBN(nn.Module):
@@ -110,7 +110,7 @@ def test_by_hand():
     }
 
 
-# -- the law: fused == not fused, on every family ---------------------------------------
+# -- the law: fused == not fused, on every family -----------------------------
 
 FAMILIES = {
     "cifar_resnet": (
@@ -248,7 +248,7 @@ def test_eps_belongs_under_the_root():
     assert float(jnp.max(jnp.abs(kernel / wrong - 1))) > 0.5
 
 
-# -- any way to write it ----------------------------------------------------------------
+# -- any way to write it ------------------------------------------------------
 
 
 def bn(v, y, shape=None):
@@ -412,7 +412,7 @@ def test_nnx_networks_fuse_too():
     assert_same(m, fused, batch((3, 5, 5, 3)))
 
 
-# -- refused by name, with the reason ---------------------------------------------------
+# -- refused by name, with the reason -----------------------------------------
 
 
 def refusal(fn, **params):
@@ -427,22 +427,34 @@ def refusal(fn, **params):
 EYE, ONES = np.eye(4), np.full((1, 4), 2.0)
 
 
-@pytest.mark.parametrize(
-    "fn, reason",
-    [
-        (lambda v, x: jax.nn.relu(x @ v["params"]["w"]) * v["params"]["g"], "relu"),
-        (lambda v, x: x @ v["params"]["w"] * v["params"]["g"] @ v["params"]["w"], "elsewhere"),
-        (lambda v, x: x @ v["params"]["w"] * jnp.mean(x), "another activation"),
-        (lambda v, x: (x @ v["params"]["w"]) ** 2 * v["params"]["g"], "pow"),
-        (lambda v, x: jnp.sum(x @ v["params"]["w"], 1, keepdims=True) * v["params"]["g"], "reduce_sum"),
-        (lambda v, x: v["params"]["g"] / (x @ v["params"]["w"]), "division by it"),
-        (lambda v, x: x @ v["params"]["w"], "output of the network"),
-        (lambda v, x: [y := x @ v["params"]["w"], y * v["params"]["g"]][1] + jnp.sum(y), "feeds 2"),
-    ],
-    ids=["relu", "shared", "gate", "power", "sum", "quotient", "output", "branch"],
-)  # fmt: skip
-def test_what_ends_a_segment_is_named(fn, reason):
-    assert reason in refusal(fn, w=EYE, g=ONES)
+def W(v):
+    return v["params"]["w"]
+
+
+def G(v):
+    return v["params"]["g"]
+
+
+def branch(v, x):
+    y = x @ W(v)
+    return y * G(v) + jnp.sum(y)
+
+
+ENDS = {
+    "relu": lambda v, x: jax.nn.relu(x @ W(v)) * G(v),
+    "elsewhere": lambda v, x: x @ W(v) * G(v) @ W(v),
+    "another activation": lambda v, x: x @ W(v) * jnp.mean(x),
+    "pow": lambda v, x: (x @ W(v)) ** 2 * G(v),
+    "reduce_sum": lambda v, x: jnp.sum(x @ W(v), 1, keepdims=True) * G(v),
+    "division by it": lambda v, x: G(v) / (x @ W(v)),
+    "output of the network": lambda v, x: x @ W(v),
+    "feeds 2": branch,
+}
+
+
+@pytest.mark.parametrize("reason", ENDS)
+def test_what_ends_a_segment_is_named(reason):
+    assert reason in refusal(ENDS[reason], w=EYE, g=ONES)
 
 
 def test_one_number_per_pixel_is_not_one_per_channel():
@@ -513,7 +525,7 @@ def test_a_constant_that_comes_from_a_shape_is_not_baked_in():
         fused(jnp.ones((2, 8, 3)))
 
 
-# -- it stays a Model -------------------------------------------------------------------
+# -- it stays a Model ---------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
