@@ -1,4 +1,6 @@
 """Integer networks, tuned lowerings, and saving to disk."""
 
 from compressjax.deploy._integer import integer as integer
+from compressjax.deploy._load import load as load
+from compressjax.deploy._save import save as save
 from compressjax.deploy._tune import tune as tune

@@ -10,7 +10,6 @@ from typing import Any
 from compressjax.core import errors
 
 
-
 def nearest(
     table: Mapping[str, Any],
     site: str,

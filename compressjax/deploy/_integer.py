@@ -40,7 +40,15 @@ from compressjax.core import sites as finding
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model, Row, Step, Transform
 from compressjax.deploy import _choices, _lowerings, _tune
-from compressjax.deploy._values import Codes, Fixed, Known, Leaves, Quantized, Sums, Weight
+from compressjax.deploy._values import (
+    Codes,
+    Fixed,
+    Known,
+    Leaves,
+    Quantized,
+    Sums,
+    Weight,
+)
 
 WEIGHTS, CONSTANTS = "integer", "requantization"
 _LIMIT = 2.0**30
@@ -50,7 +58,9 @@ _ELEMENTWISE = frozenset(
     " ceil tanh logistic square select_n eq ne lt le gt ge and or not clamp is_finite"
     " convert_element_type stop_gradient copy erf expm1 log1p".split()
 )
-_LAYOUT = frozenset(("reshape", "transpose", "squeeze", "slice", "rev", "copy", "split"))
+_LAYOUT = frozenset(
+    ("reshape", "transpose", "squeeze", "slice", "rev", "copy", "split")
+)
 
 
 class _StaysFloat(Exception):
@@ -169,11 +179,16 @@ def _pack(model: Model, found: dict[str, Any] | None) -> tuple["_Pack", dict[str
     fixed_plan = found is not None
     found = found or {"float": {}, "markers": {}, "alias": {}}
     while True:
-        walk = _Pack(program, trace, jax.tree.leaves(model.variables), found, fixed_plan)
+        walk = _Pack(
+            program, trace, jax.tree.leaves(model.variables), found, fixed_plan
+        )
         try:
             jax.eval_shape(
                 lambda *data: walk.run(data),  # noqa: B023
-                *(_spec(v.aval) for v in program.jaxpr.jaxpr.invars[trace.n_variables :]),
+                *(
+                    _spec(v.aval)
+                    for v in program.jaxpr.jaxpr.invars[trace.n_variables :]
+                ),
             )
         except _StaysFloat as refused:
             if fixed_plan:
@@ -367,7 +382,9 @@ class _Walk:
     def floats(self, eqn: tracing.Equation, ins: Sequence[Any]) -> list[Any]:
         """The operands as the float arrays that the equation was written for."""
         return [
-            self.as_float(x).astype(a.aval.dtype) if isinstance(x, Quantized) else self.as_float(x)
+            self.as_float(x).astype(a.aval.dtype)
+            if isinstance(x, Quantized)
+            else self.as_float(x)
             for x, a in zip(ins, eqn.invars, strict=True)
         ]
 
@@ -486,7 +503,9 @@ class _Walk:
         self.memo["codes", name] = codes
         return codes
 
-    def marker(self, name: str, eqn: tracing.Equation, ins: list[Any]) -> dict[str, Any]:
+    def marker(
+        self, name: str, eqn: tracing.Equation, ins: list[Any]
+    ) -> dict[str, Any]:
         raise NotImplementedError
 
     def alias(self, i: int, eqn: tracing.Equation, name: str) -> Codes | None:
@@ -1081,7 +1100,7 @@ class _Pack(_Walk):
         one = all(n.size == 1 for n in numbers)
         s, z, a, b = (float(n.reshape(-1)[0]) for n in numbers)
         if self.fixed_plan:
-            fact = {**self._given["markers"][name], "scale": s}
+            fact = {**self._given["markers"][name], "scale": 1.0}
         elif not one:
             fact = {"float": "more than one scale"}
         elif not (a >= -128 and b <= 127 or a >= 0 and b <= 255) or z != round(z):
@@ -1118,9 +1137,7 @@ class _Pack(_Walk):
         codes, scale, zero = (
             self.concrete(k) for k in (weight.codes, weight.scale, weight.zero)
         )
-        axes = _lowerings.contracted_axes(
-            site.primitive, site.params, site.weight_side
-        )
+        axes = _lowerings.contracted_axes(site.primitive, site.params, site.weight_side)
         if not self.fixed_plan:
             if codes.min(initial=0) < -128 or codes.max(initial=0) > 127:
                 return {"reason": "its weight has codes of more than 8 bits"}
@@ -1134,6 +1151,8 @@ class _Pack(_Walk):
             scale,
             [1 if a in axes else n for a, n in enumerate(codes.shape)],
         ).astype(np.float64)
+        if self.fixed_plan:  # the arrays come from elsewhere: only shapes count
+            codes, scale = np.zeros_like(codes), np.ones_like(scale)
         wide = codes.astype(np.int64)
 
         def place(per_channel: np.ndarray) -> np.ndarray:

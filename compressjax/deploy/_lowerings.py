@@ -212,8 +212,7 @@ def _rows(conv: Conv, x: Any, w: Any, dot: Dot) -> Any:
     ones = (0,) * (len(taps) - 1)
     w = w.reshape(taps[0], -1, *w.shape[-2:])
     parts = [
-        _matmul(conv, _tap(left, a, (t, *ones), out), w[t], dot)
-        for t in range(taps[0])
+        _matmul(conv, _tap(left, a, (t, *ones), out), w[t], dot) for t in range(taps[0])
     ]
     return _sum(parts)
 
@@ -222,7 +221,10 @@ def _taps(conv: Conv, x: Any, w: Any, dot: Dot) -> Any:
     taps = w.shape[:-2]
     out = _valid(conv, x.shape[1:-1], taps)
     return _sum(
-        [_matmul(conv, _tap(conv, x, t, out), w[t][None], dot) for t in np.ndindex(*taps)]
+        [
+            _matmul(conv, _tap(conv, x, t, out), w[t][None], dot)
+            for t in np.ndindex(*taps)
+        ]
     )
 
 
@@ -260,7 +262,9 @@ def _shifts(conv: Conv, x: Any, w: Any, multiply: Dot) -> Any:
     parts = []
     for t in np.ndindex(*taps):
         a = _tap(conv, x, t, out)
-        parts.append(multiply(a[..., None], w[t].reshape((1,) * (a.ndim - 1) + w.shape[-2:])))
+        parts.append(
+            multiply(a[..., None], w[t].reshape((1,) * (a.ndim - 1) + w.shape[-2:]))
+        )
     y = _sum(parts)
     return y.reshape(*y.shape[:-2], -1)
 

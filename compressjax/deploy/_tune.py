@@ -134,9 +134,7 @@ def pick_float(site: Any, *, backward: bool = False) -> str:
 
     timed = both if backward else run
     key = ("float", backward, _key(site.primitive, site.params, site.x, site.w))
-    return _fastest(
-        key, {n: functools.partial(timed, n) for n in names}, (x, w, bias)
-    )
+    return _fastest(key, {n: functools.partial(timed, n) for n in names}, (x, w, bias))
 
 
 def _call(params: Mapping[str, Any]) -> dict[str, Any]:

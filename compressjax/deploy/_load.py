@@ -1,0 +1,196 @@
+"""Load a Model: replay its history on zeros, then put the saved arrays in.
+
+The history names transforms; a fixed table says which function each name is, and its
+settings are all it needs. So loading runs no code but ours (and the Model the caller
+passes), and no clock: tuned choices are settings too.
+"""
+
+import importlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from compressjax import merge
+from compressjax.core import doors, errors, rewrite, trees
+from compressjax.core.model import Model, Row, Step, Transform, zeros_like_spec
+from compressjax.deploy import _integer, _save, _tune
+from compressjax.quantize import _insert
+
+
+def _prune(step: Step) -> Transform:
+    # A room beside this one: found when it is needed.
+    room = importlib.import_module("compressjax.prune")
+    return getattr(room, step.name.removeprefix("prune."))(**step.settings)
+
+
+# Name of a Step -> its transform, from its settings.
+REPLAY: dict[str, Callable[[Step], Transform]] = {
+    "merge.fuse": lambda step: merge.fuse(**step.settings),
+    "prune.mask": _prune,
+    "prune.shrink": _prune,
+    "quantize.insert": _insert.replay,
+    "quantize.calibrate": _insert.replay,
+    "capture": lambda step: rewrite.capture(**step.settings),
+    "deploy.tune": lambda step: _tune.tune(**step.settings),
+    "deploy.integer": lambda step: _integer.integer(tune=False, **step.settings),
+}
+
+
+def load(path: str | os.PathLike[str], model: Model | None = None) -> Model:
+    """The Model that `save` wrote, with the same outputs bit for bit.
+
+    Args:
+      path: the directory.
+      model: the original Model, before the transforms that were saved with it (its
+        arrays are not read). Not needed for our own networks.
+
+    Raises:
+      CheckpointError: a file is missing, truncated or altered (it is named); the network
+        cannot be rebuilt without `model`; or `model` is another one.
+
+    Paper: none.
+    """
+    path = pathlib.Path(path)
+    manifest = _manifest(path)
+    _check_files(path, manifest)
+    history = tuple(Step(name, text) for name, text in manifest["history"])
+    inputs = tuple(
+        jax.ShapeDtypeStruct(tuple(shape), dtype) for shape, dtype in manifest["inputs"]
+    )
+    start = _original(history, inputs) if model is None else _zeroed(model, history)
+    rebuilt = start
+    for step in history[len(start.history) :]:
+        rebuilt = _replay(step, rebuilt)
+    leaves = jax.tree_util.tree_leaves_with_path(rebuilt.variables)
+    names = [trees.join(keys) for keys, _ in leaves]
+    now = [
+        [n, list(jnp.shape(x)), str(jnp.result_type(x))]
+        for n, (_, x) in zip(names, leaves, strict=True)
+    ]
+    _check_leaves(now, manifest["leaves"])
+    arrays = _arrays(path, manifest["leaves"])
+    variables = jax.tree.unflatten(jax.tree.structure(rebuilt.variables), arrays)
+    return rebuilt.replace(
+        variables=variables,
+        history=history,
+        trainable=tuple(manifest["trainable"]),
+        bits={k: tuple(v) for k, v in manifest["bits"].items()},
+        report=tuple(Row(*row) for row in manifest["report"]),
+    )
+
+
+def _bad(path: pathlib.Path, reason: str) -> errors.CheckpointError:
+    return errors.CheckpointError(
+        reason, path=str(path), operation="deploy.load", remedy="Save the Model again."
+    )
+
+
+def _manifest(path: pathlib.Path) -> dict[str, Any]:
+    file = path / _save.MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+    except OSError as error:
+        raise _bad(file, f"cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise _bad(file, "is truncated or altered: not JSON.") from error
+    if not isinstance(manifest, dict) or manifest.get("checksum") != _save.checksum(
+        manifest
+    ):
+        raise _bad(file, "is altered: its checksum does not hold.")
+    if manifest["format"] != _save.FORMAT:
+        raise errors.CheckpointError(
+            f"has format {manifest['format']}, this version reads {_save.FORMAT}.",
+            path=str(file),
+            operation="deploy.load",
+            remedy="Load it with the version that wrote it.",
+        )
+    return manifest
+
+
+def _check_files(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    for name, (size, digest) in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise _bad(file, "is missing.")
+        data = file.read_bytes()
+        if len(data) != size:
+            raise _bad(file, f"is truncated or altered: {len(data)} bytes of {size}.")
+        if _save.digest(data) != digest:
+            raise _bad(file, "is altered: its checksum does not hold.")
+
+
+def _original(history: tuple[Step, ...], inputs: tuple[Any, ...]) -> Model:
+    first = history[0] if history else Step.of("nothing")
+    if first.name != "from_linen":
+        raise errors.CheckpointError(
+            f'a network that came through "{first.name}" is code of yours, '
+            "which is not in the file.",
+            operation="deploy.load",
+            remedy="Pass the original Model: load(path, model=...).",
+        )
+    module = doors.rebuild_linen(first.settings)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    return doors.from_linen(module, zeros_like_spec(shapes), *inputs)
+
+
+def _zeroed(model: Model, history: tuple[Step, ...]) -> Model:
+    if model.history != history[: len(model.history)]:
+        raise errors.CheckpointError(
+            f"the Model passed has the history {[s.name for s in model.history]}, with "
+            f"which {[s.name for s in history]} does not begin.",
+            operation="deploy.load",
+            remedy="Pass the Model as it was before the saved transforms.",
+        )
+    return model.replace(
+        variables=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model.variables)
+    )
+
+
+def _replay(step: Step, model: Model) -> Model:
+    if step.name not in REPLAY:
+        raise errors.CheckpointError(
+            f'the transform "{step.name}" cannot be replayed.',
+            operation="deploy.load",
+            remedy="Pass the Model as it was after that transform: "
+            "load(path, model=...).",
+        )
+    return REPLAY[step.name](step)(model)
+
+
+def _check_leaves(now: list[Any], saved: list[Any]) -> None:
+    if now == saved:
+        return
+    lost = [x for x in saved if x not in now]
+    new = [x for x in now if x not in saved]
+    raise errors.CheckpointError(
+        f"the rebuilt network has other variables: saved {lost[:3]}, rebuilt {new[:3]} "
+        f"({len(lost)} and {len(new)} in all).",
+        path=(lost or new or saved)[0][0],
+        operation="deploy.load",
+        remedy="Load it with the code that saved it.",
+    )
+
+
+def _arrays(path: pathlib.Path, leaves: list[Any]) -> list[Any]:
+    stored = [
+        (f"{k:05d}", tuple(shape), jnp.dtype(dtype))
+        for k, (_, shape, dtype) in enumerate(leaves)
+    ]
+    found: dict[str, Any] = {}
+    if any(np.prod(shape) for _, shape, _ in stored):
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            found = checkpointer.restore((path / _save.ARRAYS).absolute())
+    out = []
+    for (key, shape, dtype), (name, *_) in zip(stored, leaves, strict=True):
+        array = found.get(key, np.zeros(shape, dtype) if 0 in shape else None)
+        if array is None or array.shape != shape or array.dtype != dtype:
+            raise _bad(path / _save.ARRAYS, f'does not hold the array of "{name}".')
+        out.append(jnp.asarray(array))
+    return out
