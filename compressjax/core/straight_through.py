@@ -4,16 +4,16 @@
     fake_quant(x) = s (clip(rint(x / s) + z, lo, hi) - z)
 
 Both are `jax.custom_jvp`, so forward and reverse mode work. `rint` rounds ties to even.
-With v = x/s + z, the value before rounding, `fake_quant` has the derivatives of the same
-expression with the rounding taken as the identity in x:
+With v = x/s + z, the value before rounding, `fake_quant` has the derivatives of the
+same expression with the rounding taken as the identity in x:
 
                   d/dx    d/ds             d/dz    d/dlo    d/dhi
     lo <= v <= hi   1     rint(x/s) - x/s    0       0        0
     v < lo          0     lo - z            -s       s        0
     v > hi          0     hi - z            -s       0        s
 
-The primal is ONE `jax.jit` named "fake_quant" with the operands (x, scale, zero, lo, hi):
-passes over a jaxpr find codes, scales and ranges at that equation.
+The primal is ONE `jax.jit` named "fake_quant" with the operands (x, scale, zero, lo,
+hi): passes over a jaxpr find codes, scales and ranges at that equation.
 
 x/s is computed as x * (1/s), two float32 roundings. XLA makes a product out of the
 division by a broadcast scalar anyway, but not out of a division by a vector, so that

@@ -87,7 +87,7 @@ class Known:
 
 def wide(x: Any) -> Any:
     """NumPy, float64 if it is a float (keys of random streams stay as they are)."""
-    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return x
     x = np.asarray(x)
     return x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -98,7 +98,8 @@ def _numpy(eqn: tracing.Equation, ins: list[Any]) -> Any:
     name, p = eqn.primitive.name, eqn.params
     if len(eqn.outvars) != 1 or not all(isinstance(x, np.ndarray) for x in ins):
         return None
-    shape, dtype = eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype
+    aval: Any = eqn.outvars[0].aval
+    shape, dtype = aval.shape, aval.dtype
     floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in ins)
     if name == "convert_element_type":
         if jnp.issubdtype(dtype, jnp.floating):

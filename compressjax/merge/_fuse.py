@@ -271,7 +271,7 @@ def _compute(plan: _Plan, leaves: Mapping[int, Any]) -> dict[str, Any]:
             flat = (np if known.exact else jnp).broadcast_to(scale, w.shape).reshape(-1)
             where = np.argsort(s.indices.reshape(-1))  # a permutation's inverse
             kernel = leaves[s.leaf] * flat[where].reshape(like.shape)
-        out[site.leaf] = kernel.astype(like.dtype)
+        out[plan.program.trace.paths[s.leaf]] = kernel.astype(like.dtype)
         shape = _sizes(site.w, site.w_out_axes)
         out[plan.bias[site.name]] = b.reshape(shape).astype(like.dtype)
     return out

@@ -160,7 +160,8 @@ class Program:
         name, p = eqn.primitive.name, eqn.params
         if len(eqn.outvars) != 1:
             return
-        out = eqn.outvars[0]
+        out: Any = eqn.outvars[0]
+        invars: list[Any] = list(eqn.invars)
         old = [self.varying_axes(a) for a in eqn.invars]
         if name in ELEMENTWISE:
             new = frozenset().union(*old)
@@ -170,12 +171,12 @@ class Program:
             new = {k for k, a in enumerate(p["permutation"]) if a in old[0]}
         elif name in ("reshape", "squeeze", "expand_dims"):
             new = set()
-            shape = eqn.invars[0].aval.shape
+            shape = invars[0].aval.shape
             for src, dst in reshape_groups(shape, out.aval.shape):
                 if old[0] & set(src):
                     new |= set(dst)
         elif name.startswith("reduce_") and "axes" in p:
-            kept = [a for a in range(eqn.invars[0].aval.ndim) if a not in p["axes"]]
+            kept = [a for a in range(invars[0].aval.ndim) if a not in p["axes"]]
             new = {k for k, a in enumerate(kept) if a in old[0]}
         else:
             return
@@ -327,7 +328,7 @@ def grow_after(
         if step is None:
             return ops, why
         ops.append(step)
-        axes = _moved_axes(program.eqns[user], step.axes)
+        axes = _moved_axes(program.eqns[user], step.axes) or ()
         value = program.eqns[user].outvars[0]
 
 
@@ -432,7 +433,8 @@ def _affine(
 def _moved_axes(eqn: tracing.Equation, axes: tuple[int, ...]) -> tuple[int, ...] | None:
     """Where the channel axes are after an equation; None if they do not stay whole."""
     name, p = eqn.primitive.name, eqn.params
-    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    avals: list[Any] = [eqn.invars[0].aval, eqn.outvars[0].aval]
+    old, new = (a.shape for a in avals)
     if name == "transpose":
         return tuple(p["permutation"].index(a) for a in axes)
     if name == "broadcast_in_dim":
@@ -504,7 +506,7 @@ def kernel_indices(program: Program, weight: Any, leaf: int) -> np.ndarray | Non
             return None
     elif name != "mul" and name not in allowed:
         return None
-    source = eqn.invars[k]
+    source: Any = eqn.invars[k]
     if math.prod(source.aval.shape) != math.prod(shape):
         return None
     inner = kernel_indices(program, source, leaf)

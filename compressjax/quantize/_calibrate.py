@@ -60,14 +60,11 @@ def calibrate(batches: Iterable[Any]) -> Transform:
                 remedy="Give a list of input tuples, [(x,), ...].",
             )
         for path, leaf in trees.flat(states).items():
-            scale = path.endswith("/scale")
-            if (
-                scale
-                and not tracing.is_tracer(leaf)
-                and not jnp.all(jnp.isfinite(leaf))
-            ):
+            if not path.endswith("/scale") or tracing.is_tracer(leaf):
+                continue
+            if not jnp.all(jnp.isfinite(leaf)):
                 raise errors.RefusedError(
-                    "a range is not finite: the network or the batches hold NaN or inf.",
+                    "a range is not finite: network or batches hold NaN or inf.",
                     path=path,
                     operation="quantize.calibrate",
                     remedy="Look at the outputs of cj.capture() on these batches.",

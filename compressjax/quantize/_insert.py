@@ -4,21 +4,21 @@ At every chosen site, op(x, w) becomes
 
     op(Q_x(x), Q_w(w))
 
-so that an input is quantized where it is read: after the nonlinearity that made it, and
-before the zero padding of a convolution (0 is on the grid). A product of two activations
-has both operands quantized by the input quantizer.
+so that an input is quantized where it is read: after the nonlinearity that made it,
+and before the zero padding of a convolution (0 is on the grid). A product of two
+activations has both operands quantized by the input quantizer.
 
 The states lie in the collections "quantize" (trained steps) and "quantize_state" (what
 is observed), a second insertion in "quantize_1" and "quantize_state_1", as
-{site: {"weights": state, "inputs": state}}. "weights" is the second operand of a product
-of activations. Inside `scan` the states carry a leading layer axis.
+{site: {"weights": state, "inputs": state}}. "weights" is the second operand of a
+product of activations. Inside `scan` the states carry a leading layer axis.
 
 With "quantize_state" in `mutable`:
   - while an input has seen no data, the network runs in float and only observes;
   - afterwards observers go on, weight ranges follow the weights, and both are used at
     once. Without it all ranges stay as they are.
-Whether a quantizer has seen data is written in the structure of its state, so that it is
-known under jit.
+Whether a quantizer has seen data is written in the structure of its state, so that it
+is known under jit.
 """
 
 import functools
@@ -73,11 +73,10 @@ def insert(
     Raises:
       NoMatchError: if `where` or an override matches no site.
       NotCalibratedError: at a call, while an input quantizer has seen no data.
-      UnsupportedError: if a chosen site lies in a loop that no state can be carried out
-        of.
+      UnsupportedError: if a chosen site lies in a loop that no state comes out of.
 
-    >>> m = cj.from_function(lambda p, x: x @ p["w"], {"w": jnp.array([[0.3], [1.27]])},
-    ...                      jnp.ones((1, 2)))
+    >>> w = {"w": jnp.array([[0.3], [1.27]])}
+    >>> m = cj.from_function(lambda p, x: x @ p["w"], w, jnp.ones((1, 2)))
     >>> q = cj.quantize.insert(cj.quantize.uniform(2))(m)
     >>> q(jnp.ones((1, 2))).tolist(), q.bits["params/w"]
     ([[1.2699999809265137]], (2, 32))
@@ -290,6 +289,8 @@ def _apply(rewriter, plan: Mapping[str, Pair], trained: str, observed: str):
             new = {}
             for role, part in state.items():
                 q, value = quantizers[role], values[role]
+                if q is None:
+                    continue
                 if observing and q.update is not None and not q.trained:
                     part = q.update(part or q.init(_spec(value)), value)
                     new[role] = part

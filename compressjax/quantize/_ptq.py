@@ -35,13 +35,13 @@ def ptq(
     Args:
       batches: a re-iterable of input tuples, preprocessed as in evaluation.
       bits: word length, or (weight bits, input bits).
-      observer: of inputs; default `observers.minmax()` from 8 bits up, `observers.mse()`
-        below.
+      observer: of inputs; default `observers.minmax()` from 8 bits up,
+        `observers.mse()` below.
       weight_observer: of weights; default `observers.minmax()` above 4 bits,
         `observers.mse(power=2.4)` up to 4.
       where: a glob over the sites to quantize (all are fused).
-      overrides: {glob: bits, (weight bits, input bits), None for float, or quantizers as
-        in `insert`}. Below 8 bits the first and the last layer usually stay at 8.
+      overrides: {glob: bits, (weight bits, input bits), None for float, or quantizers
+        as in `insert`}. Below 8 bits the first and the last layer usually stay at 8.
 
     Returns:
       Model -> Model. Its history holds the steps it is made of.

@@ -21,7 +21,7 @@ class Quantizer:
       update: ``update(state, x) -> state``, for quantizers that watch their input;
         the result is always ready for `apply`. None: the state never changes by itself.
       bits: word length.
-      trained: True if the state is trained by gradient; False if only `update` moves it.
+      trained: True if gradients train the state; False if only `update` moves it.
       ready: ``ready(state) -> bool``, True if `apply` may be called. Looks at the
         structure alone.
       settings: canonical JSON text that `from_settings` builds the quantizer from

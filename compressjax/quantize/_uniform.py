@@ -54,17 +54,17 @@ def uniform(
         only nearly: use that as "off".
       symmetric: zero point 0.
       signed: codes on both sides of zero.
-      narrow: leave the most negative code out, so that codes are symmetric too. Default:
-        where symmetric and signed.
-      per_channel: own steps along the channel_axis that `init` is given (weights; inputs
-        are given none). False: one step for the tensor.
+      narrow: leave the most negative code out, so that codes are symmetric too.
+        Default: where symmetric and signed.
+      per_channel: own steps along the channel_axis that `init` is given (weights;
+        inputs are given none). False: one step for the tensor.
       observer: picks the range; default `observers.minmax()`.
 
     Returns:
-      A `Quantizer` with state {"scale": f32, "zero": f32}: shape () per tensor, else the
-      rank of x with 1 on shared axes; plus {"observer": ...} if it started from a shape.
-      Its `update` adds a batch where there is an observer, and else takes the range of
-      the new array alone (weights).
+      A `Quantizer` with state {"scale": f32, "zero": f32}: shape () per tensor, else
+      the rank of x with 1 on shared axes; plus {"observer": ...} if it started from a
+      shape. Its `update` adds a batch where there is an observer, and else takes the
+      range of the new array alone (weights).
 
     Raises:
       ValueError: bits outside their range, or a narrow range without sign.

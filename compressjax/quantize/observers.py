@@ -107,7 +107,8 @@ def minmax(*, momentum: float | None = None) -> Observer:
         ``m * old + (1 - m) * batch`` (0.9 is usual while training).
 
     >>> o = minmax(); s = o.update(o.init(()), jnp.array([-1.0, 3.0]))
-    >>> [float(v) for v in o.range(o.update(s, jnp.array([-2.0, 1.0])), Grid(0, 1, False))]
+    >>> s = o.update(s, jnp.array([-2.0, 1.0]))
+    >>> [float(v) for v in o.range(s, Grid(0, 1, False))]
     [-2.0, 3.0]
     """
     if momentum is not None and not 0 <= momentum < 1:
@@ -126,11 +127,11 @@ def minmax(*, momentum: float | None = None) -> Observer:
                 "min": jnp.minimum(state["min"], lo),
                 "max": jnp.maximum(state["max"], hi),
             }
-        new = state["min"] > state["max"]  # nothing seen yet
+        m, new = momentum, state["min"] > state["max"]  # new: nothing seen yet
 
         def mix(old, batch):
             old = jnp.where(new, batch, old)
-            return momentum * old + (1 - momentum) * batch
+            return m * old + (1 - m) * batch
 
         return {"min": mix(state["min"], lo), "max": mix(state["max"], hi)}
 
@@ -146,7 +147,7 @@ def minmax(*, momentum: float | None = None) -> Observer:
 def _empty(shape: tuple[int, ...]) -> dict:
     if any(n > 1 for n in shape):
         raise ValueError(
-            f"a histogram observes one range per tensor, got channels of shape {shape}. "
+            f"a histogram observes one range per tensor, got the shape {shape}. "
             "Use minmax for inputs per channel, or per_channel=False."
         )
     return {
@@ -208,7 +209,8 @@ def percentile(p: float = 99.99) -> Observer:
             lo = -hi
         else:
             lo, hi = _quantile(n, edges, 1 - q), _quantile(n, edges, q)
-        return jnp.maximum(lo, state["min"]), jnp.minimum(hi, state["max"])
+        low, high = state["min"], state["max"]
+        return jnp.clip(lo, low, high), jnp.clip(hi, low, high)
 
     def direct(x: Any, axes: tuple[int, ...], grid: Grid):
         x = jnp.asarray(x).astype(jnp.float32)

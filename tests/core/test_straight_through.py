@@ -19,7 +19,7 @@ def numpy_codes(x, scale, zero, lo, hi):
 
 
 def test_codes_by_hand():
-    # scale 0.5: x/s = -3, -0.5, 0.5, 1.5, 2.5, 9; ties go to 0, 0, 2, 2; +1; in [-1, 4].
+    # x/s = -3, -0.5, 0.5, 1.5, 2.5, 9; ties go to 0, 0, 2, 2; then +1 and [-1, 4].
     x = jnp.array([-1.5, -0.25, 0.25, 0.75, 1.25, 4.5])
     y = fake_quant(x, 0.5, 1.0, -1, 4)
     codes = np.array([-1, 1, 1, 3, 3, 4])
