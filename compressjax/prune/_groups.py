@@ -120,7 +120,7 @@ def _build(
     for g, axes in axes_of.items():
         rank = min((order.get((a, "out"), 1 << 30) for a in axes), default=1 << 30)
         read = min((order.get((a, "in"), 1 << 30) for a in axes), default=1 << 30)
-        if min(rank, read) == 1 << 30 and not _is_channel_table(found, keys, axes):
+        if min(rank, read) == 1 << 30:  # taps, positions, variables never used
             continue
         axes.sort(key=lambda a: (order.get((a, "out"), 1 << 30), a))
         members, n = _members(found, keys, axes, group_of, g)
@@ -197,11 +197,6 @@ def _roles(found: labels.LabelledVariables, keys: list[tuple[int, int]]):
             roles.setdefault(a, use.role)
             order.setdefault((a, use.role), when)
     return roles, order
-
-
-def _is_channel_table(found: Any, keys: list[Any], axes: list[int]) -> bool:
-    """Embedding tables are channels without a product: the last axis of a matrix."""
-    return any(keys[a][1] == len(found.shapes[keys[a][0]]) - 1 for a in axes)
 
 
 def _members(found: Any, keys: list[Any], axes: list[int], group_of: Any, g: int):

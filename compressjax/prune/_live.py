@@ -271,13 +271,12 @@ def factors(keep: np.ndarray) -> list[tuple[tuple[int, ...], np.ndarray]]:
 
 def unpack(v: Live) -> Live:
     """Cut packed blocks that are rectangles into ordinary axes again."""
-    for d in v.dead:
-        if len(d.axes) == 1:
-            continue
+    for axes in [d.axes for d in v.dead if len(d.axes) > 1]:
+        d = next(d for d in v.dead if d.axes == axes)
         parts = factors(d.keep)
-        if len(parts) == 1:
-            continue
-        v = _cut(v, d, [(tuple(d.axes[i] for i in axes), k) for axes, k in parts])
+        if len(parts) > 1:
+            parts = [(tuple(axes[i] for i in part), keep) for part, keep in parts]
+            v = _cut(v, d, parts)
     return v
 
 

@@ -13,6 +13,7 @@ from compressjax.prune._live import (
     Dead,
     Live,
     NeedFull,
+    bind_with,
     expand,
     full,
     is_array,
@@ -391,9 +392,7 @@ def gather(eqn: Any, ins: Sequence[Live]) -> list[Live]:
             arr.shape[a] if p["slice_sizes"][a] == v.shape[a] and a not in gone else n
             for a, n in enumerate(p["slice_sizes"])
         ]
-        subfuns, params = eqn.primitive.get_bind_params(eqn.params)
-        params = {**params, "slice_sizes": tuple(sizes)}
-        return eqn.primitive.bind(arr, indices, **params)
+        return bind_with(eqn, [arr, indices], slice_sizes=tuple(sizes))[0]
 
     dead = []
     for b in v.dead:
