@@ -156,6 +156,10 @@ def run(config: configs.Config, workdir: str) -> dict[str, Any] | None:
         return None
     from train import report
 
+    finished = checkpoints.Place(len(lasts) - 1, lasts[-1])
+    if best == finished and (root / "report.html").exists():
+        bar.say(f"this run had finished; its report: {root / 'report.html'}")
+        return json.loads((root / "report.json").read_text())
     return report.write(config, root, done, record.rows(), bar.say)
 
 

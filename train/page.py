@@ -124,7 +124,7 @@ def training(found: dict[str, Any]) -> str:
         axes.set_xlabel("training step")
         axes.set_ylabel("accuracy, %")
         axes.set_title("Accuracy on the test set (line) and in training (dashes)")
-        axes.legend(loc="lower right", ncols=min(3, len(found["stages"])))
+        figure.legend(loc="outside lower left", ncols=6)
         return _svg(figure, "training")
 
 
@@ -153,6 +153,8 @@ def accuracy(found: dict[str, Any]) -> str:
                 va="center",
             )  # fmt: skip
         axes.set_yticks(range(len(stages)), [stage["name"] for stage in stages])
+        axes.set_xlim(low - 0.08 * room, high + 0.25 * room)
+        axes.set_xticks([t for t in axes.get_xticks() if low - room <= t <= 100])
         axes.set_xlim(low - 0.08 * room, high + 0.25 * room)
         axes.set_ylim(len(stages) - 0.5, -0.5)
         axes.set_title("Test accuracy, %")

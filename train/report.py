@@ -134,11 +134,15 @@ def measure(config: configs.Config, models: list[cj.Model]) -> list[list[dict]]:
     results: list[list[dict]] = [[] for _ in models]
     for batch in config.report.batches:
         calls: dict[tuple[int, str], Callable[[], Any]] = {}
+        chosen: dict[Any, Any] = {}  # stages of the same shapes share their lowerings
         for i, model in enumerate(models):
             sized = at_batch(model, batch)
             calls[i, "plain"] = caller(sized)
             if not model.bits:
-                calls[i, "tuned"] = caller(cj.deploy.tune()(sized))
+                shapes = tuple((s.name, s.x.shape, s.w.shape) for s in cj.sites(sized))
+                tuned = cj.deploy.tune(choices=chosen.get(shapes))(sized)
+                chosen[shapes] = tuned.history[-1].settings["choices"]
+                calls[i, "tuned"] = caller(tuned)
         seconds = timings(calls, config.report.rounds)
         for i in range(len(models)):
             results[i].append(

@@ -1,0 +1,51 @@
+"""MNIST: a float ResNet-8, the baseline to compress.
+
+    python -m train.main --config configs/mnist.py --workdir runs/mnist \\
+        --config.data_dir=DIR
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import compressjax as cj
+from compressjax import models
+from train import config as configs
+
+
+@dataclasses.dataclass
+class Config(configs.Config):
+    """The knobs of this experiment."""
+
+    network: str = "resnet8"
+    width: int = 8
+    lr: float = 0.2
+    weight_decay: float = 5e-4
+
+
+def build(config, key, images):
+    module = models.cifar_resnet(
+        config.network, num_classes=config.images.classes, width=config.width
+    )
+    x = jnp.zeros(images.shape)
+    return cj.from_linen(module, jax.jit(module.init)(key, x), x)
+
+
+def sgd(model, ctx):
+    lr = optax.warmup_cosine_decay_schedule(
+        0.0, ctx.config.lr, ctx.steps_per_epoch // 2, ctx.steps
+    )
+    decay = optax.add_decayed_weights(ctx.config.weight_decay)
+    return optax.chain(decay, optax.sgd(lr, momentum=0.9, nesterov=True))
+
+
+def get_config() -> Config:
+    return Config(
+        build=build,
+        images=configs.Images("mnist", pad=2, mean=(0.131,), std=(0.308,)),
+        batch_size=128,
+        test_batch_size=500,
+        stages=[configs.Stage("float", optimizer=sgd, epochs=2)],
+    )
