@@ -38,6 +38,12 @@ from compressjax.merge import _float64, _segments
 # second, so they stop here.
 TRAINING = ("train", "mutable", "rngs")
 
+# A constant may come back rounded where the variables have been cast since.
+_HALVES = (
+    lambda x: float(np.asarray(x, jnp.dtype("bfloat16"))),
+    lambda x: float(np.float16(x)),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
@@ -100,16 +106,54 @@ def fuse(where: str = "**") -> Transform:
         if not plan.segments:
             return model.then(step, report=rows)
         old = trees.flat(model.variables)
-        new = {k: v for k, v in old.items() if k not in plan.dropped}
-        new |= _fold(plan, old)
+        beside = {s.site.leaf: plan.bias[s.site.name] for s in plan.segments}
+        variables = _rebuild(
+            model.variables, "", _fold(plan, old), beside, plan.dropped
+        )
         return model.then(
             step,
             report=rows,
-            variables=trees.unflat(new),
+            variables=variables,
             apply_fn=_fused_apply(model, plan, where),
         )
 
     return transform
+
+
+def _rebuild(
+    node: Any,
+    path: str,
+    new: Mapping[str, Any],
+    beside: Mapping[str, str],
+    dropped: frozenset[str],
+) -> Any:
+    """Variables with new leaves in place, biases beside their kernels, others gone.
+
+    Dicts stay dicts with their own keys; any other container in which something comes
+    or goes becomes a dict.
+    """
+    if not isinstance(node, Mapping):
+        below = {f"{path}/{p}" if p else path: x for p, x in trees.flat(node).items()}
+        if not (below.keys() & dropped or below.keys() & beside.keys()):
+            return node
+        if path in below:
+            return new.get(path, node)
+        below = {p: x for p, x in below.items() if p not in dropped}
+        below |= {p: new[p] for k in list(below) if k in beside for p in (k, beside[k])}
+        return trees.unflat({p[len(path) + 1 :]: x for p, x in below.items()})
+    out: dict[Any, Any] = {}
+    for key, child in node.items():
+        here = f"{path}/{key}" if path else str(key)
+        if here in dropped:
+            continue
+        changed = _rebuild(child, here, new, beside, dropped)
+        if isinstance(changed, Mapping) and not changed and child:
+            continue  # nothing is left in it
+        out[key] = changed
+        if here in beside:
+            bias = beside[here]
+            out[bias[len(path) + 1 :]] = new[bias]
+    return out
 
 
 def _rows(plan: _Plan) -> list[Row]:
@@ -368,12 +412,26 @@ def _fused_apply(model: Model, first: _Plan, where: str):
 
     def original(values: Mapping[str, Any]) -> Any:
         """The variables before fusing; a shape stands for one that is gone."""
+        gone = first.dropped | as_used
+        # Cast since (to bfloat16, say)? Then what is gone would have been cast too.
+        cast = {specs[p].dtype: values[p].dtype for p in paths if p not in gone}
 
         def leaf(path: str) -> Any:
-            gone = path in first.dropped or path in as_used
-            return specs[path] if gone else values[path]
+            if path not in gone:
+                return values[path]
+            spec = specs[path]
+            return jax.ShapeDtypeStruct(spec.shape, cast.get(spec.dtype, spec.dtype))
 
         return jax.tree.unflatten(tree, [leaf(p) for p in paths])
+
+    def same(now: Mapping[str, Any], then: Mapping[str, Any], name: str) -> bool:
+        if name not in now or name not in then:
+            return False
+        (kinds, a), (kinds_then, b) = now[name], then[name]
+        return kinds == kinds_then and all(
+            x == y or any(x == half(y) for half in _HALVES)
+            for x, y in zip(a, b, strict=True)
+        )
 
     @functools.wraps(inner)
     def apply_fn(variables, *args, **kwargs):
@@ -385,8 +443,8 @@ def _fused_apply(model: Model, first: _Plan, where: str):
         trace = tracing.trace(inner, original(values), args, kwargs)
         plan = _make_plan(trace, trainable, where)
         now = plan.signature()
-        changed = {n for n in now.keys() | folded.keys() if now.get(n) != folded.get(n)}
-        changed |= plan.dropped ^ first.dropped
+        changed = plan.dropped ^ first.dropped
+        changed |= {n for n in now.keys() | folded.keys() if not same(now, folded, n)}
         if changed:
             changed = sorted(changed)
             raise errors.StructureChangedError(

@@ -77,16 +77,18 @@ class Segment:
     leaf: int
     indices: np.ndarray | None = dataclasses.field(compare=False, repr=False)
 
-    def signature(self, program: "Program") -> tuple:
-        """What was folded, with its constants: a later trace must have the same.
+    def signature(self, program: "Program") -> tuple[tuple, tuple]:
+        """(operations and how many constants each has, the constants).
 
-        A constant may come from a shape (the 1/HW of a mean), and is folded as a value.
+        A later trace must have the same: a constant may come from a shape (the 1/HW of
+        a mean), and is folded as a value.
         """
-        return tuple(
-            (op.kind, () if op.operand is None else program.numbers(op.operand))
-            for op in (*self.before, *self.after)
-            if op.kind != "move"
-        )
+        ops = [op for op in (*self.before, *self.after) if op.kind != "move"]
+        numbers = [
+            () if op.operand is None else program.numbers(op.operand) for op in ops
+        ]
+        kinds = tuple((op.kind, len(n)) for op, n in zip(ops, numbers, strict=True))
+        return kinds, tuple(x for n in numbers for x in n)
 
 
 class Program:

@@ -632,3 +632,119 @@ def test_quantized_weights_are_left_alone():
 )
 def test_reshape_groups(old, new, groups):
     assert _segments.reshape_groups(old, new) == groups
+
+
+def test_other_containers_and_keys_with_slashes_survive():
+    def net(v, x):
+        (w, g), mask = v["params"]["layers"], v["masks"]["params/layers/0"]
+        return x @ jnp.where(mask, w, 0.0) * g
+
+    v = {
+        "params": {"layers": [jnp.eye(4), jnp.full((1, 4), 2.0)]},
+        "masks": {"params/layers/0": jnp.arange(16).reshape(4, 4) < 8},
+    }
+    model = cj.from_function(net, v, jnp.ones((2, 4)))
+    fused = fuse()(model)
+    assert list(fused.variables["masks"]) == ["params/layers/0"]
+    assert set(trees.paths(fused.variables["params"])) == {"layers/0", "layers/bias"}
+    assert [s.name for s in cj.sites(fused)] == ["params/layers/0"]
+    assert_same(model, fused, batch((2, 4)))
+
+
+def test_variables_cast_after_fusing(pair):
+    model, fused = pair
+    half = lambda m: jax.tree.map(lambda a: a.astype(jnp.bfloat16), m.variables)  # noqa: E731
+    x = batch((2, 8, 8, 3)).astype(jnp.bfloat16)
+    got = jax.jit(fused.apply_fn)(half(fused), x)
+    want = model.apply_fn(half(model), x)
+    assert got.dtype == want.dtype == jnp.bfloat16
+    exact = model(x.astype(jnp.float32))
+    error = jnp.abs(got.astype(jnp.float32) - exact).max() / jnp.abs(exact).max()
+    assert float(error) < 0.1
+
+
+def test_sharded_variables_stay_sharded_and_pmap_works(pair):
+    model, fused = pair
+    mesh = jax.make_mesh((2,), ("batch",), devices=jax.devices()[:2])
+    put = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    both = fuse()(model.replace(variables=jax.device_put(model.variables, put)))
+    kernel = both.variables["params"]["conv1"]["kernel"]
+    assert kernel.sharding == put
+    x = batch((2, 8, 8, 3))
+    split = jax.pmap(lambda x: fused(x), devices=jax.devices()[:2])(x[:, None])
+    np.testing.assert_allclose(split[:, 0], fused(x), atol=1e-4)
+
+
+# -- random networks ---------------------------------------------------------
+
+
+class Draw(nn.Module):
+    """A random network of everything that a segment may contain or end at."""
+
+    seed: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        rng = np.random.default_rng(self.seed)
+        pick = lambda *a: a[rng.integers(len(a))]  # noqa: E731
+
+        def affine(x):
+            for _ in range(rng.integers(1, 4)):
+                kind = rng.integers(6)
+                shape = (*(1,) * (x.ndim - 1), x.shape[-1])
+                vector = lambda shape=shape: self.param(  # noqa: E731
+                    f"shift{rng.integers(1 << 30)}", nn.initializers.ones, shape
+                )
+                if kind == 0:
+                    x = nn.BatchNorm(True, use_scale=pick(True, False))(x)
+                elif kind == 1:
+                    x = x * vector() - 0.5
+                elif kind == 2:
+                    x = vector() - x / 1.5
+                elif kind == 3:
+                    x = x.transpose(*range(1, x.ndim), 0).transpose(
+                        x.ndim - 1, *range(x.ndim - 1)
+                    )
+                elif kind == 4:
+                    x = -(x + jnp.tanh(vector()))
+                else:
+                    x = x.reshape(x.shape[0], -1, x.shape[-1]).reshape(x.shape)
+            return x
+
+        def conv(x, features, stride=1):
+            groups = pick(1, 1, 2, x.shape[-1])
+            size = pick(1, 3)
+            return nn.Conv(
+                features * groups if groups == x.shape[-1] else features,
+                (size, size),
+                stride,
+                padding=pick("SAME", "VALID") if x.shape[1] > 4 else "SAME",
+                feature_group_count=groups,
+                use_bias=pick(True, False),
+                kernel_dilation=pick(1, 2) if size == 3 else 1,
+            )(x)
+
+        for _ in range(rng.integers(1, 4)):
+            y = affine(x) if rng.integers(2) else x
+            y = affine(conv(y, pick(2, 4)))
+            kind = rng.integers(4)
+            if kind == 0:
+                y = nn.relu(y)
+            elif kind == 1 and y.shape == x.shape:
+                y = x + y
+            elif kind == 2:
+                y = jnp.concatenate([y, nn.tanh(y)], -1)
+            x = y
+        x = affine(x.mean((1, 2)) if pick(True, False) else x.reshape(x.shape[0], -1))
+        return affine(nn.Dense(3)(x))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_networks(seed):
+    model = model_of(Draw(seed), (2, 6, 6, 2), seed)
+    fused = fuse()(model)
+    x = batch((2, 6, 6, 2))
+    want, got = model(x), fused(x)
+    np.testing.assert_allclose(
+        got, want, rtol=0, atol=2e-5 * float(jnp.max(jnp.abs(want)))
+    )
