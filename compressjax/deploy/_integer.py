@@ -293,6 +293,19 @@ class _Program:
                 order += 1
         return cls(jaxpr, sites, found.names, names, readers)
 
+    def only_codes(self, outs: Sequence[Any]) -> bool:
+        """True if only markers read these values, perhaps after moves and pools."""
+        eqns = self.jaxpr.jaxpr.eqns
+        for k in (k for v in outs for k in self.readers.get(v, ())):
+            if k < 0:
+                return False
+            moved = (*_LAYOUT, "reduce_window_max")
+            if not _is_marker(eqns[k]) and not (
+                eqns[k].primitive.name in moved and self.only_codes(eqns[k].outvars)
+            ):
+                return False
+        return True
+
 
 def _is_marker(eqn: tracing.Equation) -> bool:
     return eqn.params.get("name") == straight_through.MARKER
@@ -405,8 +418,9 @@ class _Walk:
             path = self.unique(f"{CONSTANTS}/fixed/unit")
             unit = self.constant(path, lambda: np.float32(x.unit))
             return x.v.astype(jnp.float32) * unit
-        if x.pools:
-            return self.as_float(self.pooled(x))
+        if x.later:
+            y = self.as_float(dataclasses.replace(x, later=()))
+            return _apply_all(x.later, y)
         scale = self.constant(
             self.unique(f"{CONSTANTS}/{x.site}/scale"), lambda: np.float32(x.scale)
         )
@@ -428,26 +442,17 @@ class _Walk:
 
         return self.once(("acc", x), make)
 
-    def pooled(self, x: Sums) -> Sums:
-        """The same with pools (and what comes before them) done on int32."""
-
-        def make():
-            y = self.acc(x)
-            for eqn in x.pools:
-                y = _max_pool(eqn, y)
-            return dataclasses.replace(
-                x,
-                acc=y,
-                offset=None,
-                pools=(),
-                bias_key=None,
-                bias=None,
-                acc_bound=None
-                if x.acc_bound is None
-                else x.acc_bound + (0 if x.bias is None else np.abs(_int_bias(x))),
-            )
-
-        return self.once(("pooled", x), make) if x.pools else x
+    def pooled(self, x: Sums, eqn: tracing.Equation) -> Sums:
+        """x max-pooled in int32."""
+        bias = 0 if x.bias is None else np.abs(_int_bias(x))
+        return dataclasses.replace(
+            x,
+            acc=_max_pool(eqn, self.acc(x)),
+            offset=None,
+            bias_key=None,
+            bias=None,
+            acc_bound=None if x.acc_bound is None else x.acc_bound + bias,
+        )
 
     def fixed(self, x: Quantized, unit: float | None) -> Any:
         """int32 v with value = unit v; unit is known while packing."""
@@ -468,7 +473,9 @@ class _Walk:
                 return x.v
             v = x.v.astype(jnp.float32) * ratio(lambda: x.unit)
             return jnp.rint(v).astype(jnp.int32)
-        x = self.pooled(x)
+        if x.later:
+            v = self.fixed(dataclasses.replace(x, later=()), unit)
+            return _apply_all(x.later, v)
         v = self.acc(x).astype(jnp.float32) * ratio(lambda: x.scale)
         v = jnp.rint(v).astype(jnp.int32)
         if x.low:
@@ -476,7 +483,7 @@ class _Walk:
         if x.high is not None:
             top = self.constant(
                 self.unique(f"{CONSTANTS}/fixed/high"),
-                lambda: np.int32(round(x.high / unit)),
+                lambda: np.int32(min(round(x.high / unit), 2**31 - 1)),
             )
             v = jnp.minimum(v, top)
         return v
@@ -534,9 +541,7 @@ class _Walk:
                 )
             low = max(lo - z, 0) if x.low else None
             y = clipped(self.acc(x).astype(jnp.float32) * m, low, high)
-            for pool in x.pools:
-                y = _max_pool(pool, y)
-            return y
+            return _apply_all(x.later, y)
         if isinstance(x, Fixed):
             m = self.constant(path, lambda: np.float32(x.unit / step))
             return clipped(x.v.astype(jnp.float32) * m)
@@ -644,7 +649,9 @@ class _Walk:
             f"{CONSTANTS}/{site.name}/weight_scale",
             lambda: packed["scale"].astype(np.float32),
         )
-        x = self.floats(eqn, ins[:1] if side else [w, *ins[1:]])[0 if side else 1]
+        x = ins[1 - side]
+        if isinstance(x, Quantized):
+            x = self.as_float(x).astype(eqn.invars[1 - side].aval.dtype)
         w = (codes.astype(jnp.float32) * scale).astype(w.dtype)
         return tracing.bind(eqn, [x, w] if side else [w, x])[0]
 
@@ -740,7 +747,7 @@ class _Walk:
         return self.scaled(x, 1 / divisor)
 
     def scaled(self, x: Any, factor: float) -> Any:
-        if isinstance(x, Sums) and not x.pools and x.high is None:
+        if isinstance(x, Sums) and not x.later and x.high is None:
             if x.bias_key is not None:
                 return self.scaled(self.to_fixed(x), factor)
             scale = None if x.scale is None else x.scale * factor
@@ -795,7 +802,7 @@ class _Walk:
     _add_any = _add
 
     def add_known(self, eqn: Any, x: Quantized, b: Known, sign: int) -> Any:
-        if isinstance(x, Sums) and not x.low and x.high is None and not x.pools:
+        if isinstance(x, Sums) and not x.low and x.high is None and not x.later:
             if len(_shape(x)) != len(b.shape):
                 return None
             value = self.concrete(b)
@@ -830,12 +837,13 @@ class _Walk:
             lambda: all(n == 1 or window[a] == 1 for a, n in enumerate(x.scale.shape)),
         ):
             return None
-        y = dataclasses.replace(x, pools=(*x.pools, eqn))
-        eqns = self.program.jaxpr.jaxpr.eqns
-        only_codes = all(
-            k >= 0 and _is_marker(eqns[k]) for k in self.program.readers[eqn.outvars[0]]
-        )
-        return y if only_codes else self.pooled(y)
+        return self.deferred(x, eqn) or self.pooled(x, eqn)
+
+    def deferred(self, x: Sums, eqn: tracing.Equation) -> Sums | None:
+        """x with the equation left for the codes made of it, if nothing else reads."""
+        if not self.program.only_codes(eqn.outvars):
+            return None
+        return dataclasses.replace(x, later=(*x.later, eqn))
 
     def _reduce_sum(self, i: int, eqn: Any, ins: list[Any]) -> Any:
         (x,) = ins
@@ -887,6 +895,10 @@ class _Walk:
         (x,) = ins
         if isinstance(x, Codes):
             return [dataclasses.replace(x, q=q) for q in tracing.bind(eqn, [x.q])]
+        if isinstance(x, Sums) and len(eqn.outvars) == 1:
+            later = self.deferred(x, eqn)
+            if later is not None:
+                return later
         y = self.to_fixed(x)
         return [Fixed(v, y.unit, y.bound) for v in tracing.bind(eqn, [y.v])]
 
@@ -995,6 +1007,16 @@ def _same_to_each(eqn: tracing.Equation, x: Known) -> Weight | None:
         plain = dataclasses.replace(part, weight=None)
         moved.append(_known(eqn, [plain])[0])
     return Weight(*moved)
+
+
+def _apply_all(eqns: Sequence[tracing.Equation], x: Any) -> Any:
+    for eqn in eqns:
+        pool = eqn.primitive.name == "reduce_window_max"
+        if pool and jnp.issubdtype(x.dtype, jnp.integer):
+            x = _max_pool(eqn, x)
+        else:
+            x = tracing.bind(eqn, [x])[0]
+    return x
 
 
 def _max_pool(eqn: tracing.Equation, x: Any) -> Any:

@@ -81,7 +81,7 @@ class Codes:
 
 @dataclasses.dataclass(eq=False)
 class Sums:
-    """value = pools(clip(scale (acc - offset + bias), 0 if low, high)).
+    """value = later(clip(scale (acc - offset + bias), 0 if low, high)).
 
     scale, bias and offset have the rank of acc, with size 1 where they do not vary.
     """
@@ -91,7 +91,7 @@ class Sums:
     offset: jax.Array | None = None  # of a zero point that the accumulator contains
     low: bool = False  # a ReLU
     high: float | None = None
-    pools: tuple[Any, ...] = ()
+    later: tuple[Any, ...] = ()  # equations that commute with rounding: pools, moves
     bias_key: str | None = None  # of the bias among the variables
     scale: np.ndarray | None = None  # pack only, float64
     bias: np.ndarray | None = None  # pack only, float64, in units of value
