@@ -106,7 +106,8 @@ def fuse(where: str = "**") -> Transform:
         if not plan.segments:
             return model.then(step, report=rows)
         old = trees.flat(model.variables)
-        beside = {s.site.leaf: plan.bias[s.site.name] for s in plan.segments}
+        paths = plan.program.trace.paths
+        beside = {paths[s.leaf]: plan.bias[s.site.name] for s in plan.segments}
         variables = _rebuild(
             model.variables, "", _fold(plan, old), beside, plan.dropped
         )
