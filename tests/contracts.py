@@ -79,4 +79,8 @@ def keep_half():
 MODELS = {
     "rewrite": Contract(cj.rewrite(lambda site, op, x, w: op(x, w / 2) + 1)),
     "capture": Contract(cj.capture(), out=lambda y: y[0]),
+    "merge.fuse": Contract(cj.merge.fuse()),
+    # 16 bits: next to a tie either code may come out, and must stay in round-off.
+    "quantize.insert": Contract(cj.quantize.insert(cj.quantize.uniform(16))),
+    "quantize.ptq": Contract(cj.quantize.ptq(batches(), bits=16)),
 }
