@@ -276,7 +276,7 @@ def label_variables(
     reasons: dict[int, str] = {}
     first: dict[int, Any] = {}
     for labels, where in engine.frozen:
-        for c in np.unique(class_of[labels]).tolist():
+        for c in distinct(class_of[labels]).tolist():
             first.setdefault(c, where)
     texts: dict[int, str] = {}
     for c, where in first.items():
@@ -307,3 +307,15 @@ def components(engine: Engine) -> np.ndarray:
         shape=(engine.count, engine.count),
     )
     return connected_components(edges, directed=False)[1].astype(np.int64)
+
+
+def distinct(values: np.ndarray) -> np.ndarray:
+    """Sorted values, once each; for small integer arrays faster than np.unique.
+
+    >>> distinct(np.array([3, 1, 3])).tolist()
+    [1, 3]
+    """
+    values = np.sort(values.ravel())
+    first = np.ones(len(values), bool)
+    first[1:] = values[1:] != values[:-1]
+    return values[first]

@@ -111,7 +111,7 @@ def _build(
     roles, order = _roles(found, keys)
 
     # The (group, axis) pairs, once each.
-    pairs = np.unique(group_of[classes] * len(keys) + axis_id)
+    pairs = labels.distinct(group_of[classes] * len(keys) + axis_id)
     axes_of: dict[int, list[int]] = {}
     for pair in pairs.tolist():
         axes_of.setdefault(pair // len(keys), []).append(pair % len(keys))
@@ -126,11 +126,10 @@ def _build(
         members, n = _members(found, keys, axes, group_of, g)
         of = {role: [a for a in axes if roles.get(a) == role] for role in ("out", "in")}
         both = [a for a in axes if a not in of["out"] and a not in of["in"]]
-        reasons = [
-            found.reasons[c]
-            for c in np.unique(found.classes[keys[axes[0]]]).tolist()
-            if group_of[c] == g and c in found.reasons
-        ]
+        here = found.classes[keys[axes[0]]]
+        first = int(np.argmax(group_of[here] == g))
+        any_class = int(here[first])
+        reason = found.reasons.get(any_class, "")
         counts = [
             int(np.bincount(members[a][members[a] >= 0]).max(initial=1))
             for a in of["out"] or axes
@@ -138,15 +137,15 @@ def _build(
         named = {a: (found.paths[keys[a][0]], keys[a][1]) for a in axes}
         out.append(
             (
-                (rank == 1 << 30, rank if rank < 1 << 30 else read, axes[0], g),
+                (rank == 1 << 30, rank if rank < 1 << 30 else read, axes[0], first),
                 ChannelGroup(
                     name=named[axes[0]][0],
                     size=n,
                     producers=tuple(named[a] for a in of["out"]),
                     consumers=tuple(named[a] for a in of["in"]),
                     vectors=tuple(named[a] for a in both),
-                    prunable=not reasons,
-                    reason=reasons[0] if reasons else "",
+                    prunable=not reason,
+                    reason=reason,
                     blocks=max(counts),
                     options=options,
                     members={named[a]: members[a] for a in axes},
@@ -164,7 +163,7 @@ def _same_axes(
 
     The set is hashed to 128 bits: the sum of one random number per axis.
     """
-    pairs = np.unique(classes * n_axes + axis_id)
+    pairs = labels.distinct(classes * n_axes + axis_id)
     rng = np.random.Generator(np.random.PCG64(0))
     numbers = rng.integers(0, 1 << 63, size=(n_axes, 2), dtype=np.uint64)
     hashes = np.zeros((int(classes.max()) + 1, 2), np.uint64)
@@ -181,15 +180,16 @@ def _roles(found: labels.LabelledVariables, keys: list[tuple[int, int]]):
     leaf that met the weight (a mask), so the axis is the one with the same classes.
     """
     index = {k: i for i, k in enumerate(keys)}
+    sets = [labels.distinct(found.classes[k]) for k in keys]
     roles: dict[int, str] = {}
     order: dict[tuple[int, str], int] = {}
     for when, use in enumerate(found.uses):
         axes = [a for a in range(len(found.shapes[use.leaf])) if (use.leaf, a) in index]
-        wanted = np.unique(found.class_of[use.labels])
+        wanted = labels.distinct(found.class_of[use.labels])
         matching = [
             index[use.leaf, a]
             for a in axes
-            if np.isin(wanted, found.classes[use.leaf, a]).all()
+            if _inside(wanted, sets[index[use.leaf, a]])
         ]
         free = [a for a in matching if roles.get(a, use.role) == use.role]
         # A square weight has equal classes on both sides: outputs come last.
@@ -199,14 +199,27 @@ def _roles(found: labels.LabelledVariables, keys: list[tuple[int, int]]):
     return roles, order
 
 
+def _inside(values: np.ndarray, ordered: np.ndarray) -> bool:
+    places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return bool((ordered[places] == values).all())
+
+
 def _members(found: Any, keys: list[Any], axes: list[int], group_of: Any, g: int):
     """Channel number of each index of each axis; numbered along the first axis."""
     first = found.classes[keys[axes[0]]]
     mine = first[group_of[first] == g]
-    ours, where = np.unique(mine, return_index=True)
-    number = np.full(len(group_of), -1)
-    number[ours[np.argsort(where)]] = np.arange(len(ours))
-    return {a: number[found.classes[keys[a]]] for a in axes}, len(ours)
+    ours = labels.distinct(mine)
+    place = np.zeros(int(ours[-1]) + 1, np.int64)
+    place[mine[::-1]] = np.arange(len(mine))[::-1]
+    order = np.argsort(place[ours])
+    number = np.empty(len(ours), np.int64)
+    number[order] = np.arange(len(ours))
+    members = {}
+    for a in axes:
+        here = found.classes[keys[a]]
+        spot = np.minimum(np.searchsorted(ours, here), len(ours) - 1)
+        members[a] = np.where(ours[spot] == here, number[spot], -1)
+    return members, len(ours)
 
 
 def _numbered(found: list[ChannelGroup]) -> tuple[ChannelGroup, ...]:

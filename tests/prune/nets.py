@@ -203,7 +203,9 @@ def shuffle_nchw(rng):
 
     def shuffle(x):
         n, c, h, w = x.shape
-        return x.reshape(n, 2, c // 2, h, w).transpose(0, 2, 1, 3, 4).reshape(n, c, h, w)
+        return (
+            x.reshape(n, 2, c // 2, h, w).transpose(0, 2, 1, 3, 4).reshape(n, c, h, w)
+        )
 
     def apply(v, x):
         p = v["params"]
@@ -359,7 +361,11 @@ def dense_general_qkv(rng):
 @net
 def rotary_glu(rng):
     p = {"table": weight(rng, 7, 8), "qkv": weight(rng, 8, 24)}
-    p |= {"out": weight(rng, 8, 8), "glu": weight(rng, 8, 12), "down": weight(rng, 6, 8)}
+    p |= {
+        "out": weight(rng, 8, 8),
+        "glu": weight(rng, 8, 12),
+        "down": weight(rng, 6, 8),
+    }
     p |= {"ln": norm_params(rng, 8), "head": weight(rng, 8, 5)}
 
     def rotate(x):
@@ -465,7 +471,9 @@ def standardised_weights(rng):
 
     def standard(w):
         mean = w.mean((0, 1, 2), keepdims=True)
-        return (w - mean) / jnp.sqrt(jnp.square(w - mean).mean((0, 1, 2), keepdims=True) + 0.1)
+        return (w - mean) / jnp.sqrt(
+            jnp.square(w - mean).mean((0, 1, 2), keepdims=True) + 0.1
+        )
 
     def apply(v, x):
         p = v["params"]
