@@ -63,10 +63,11 @@ def get_config() -> Config:
         batch_size=64,
         test_batch_size=360,
         stages=[
-            configs.Stage("float", optimizer=sgd, epochs=10),
+            configs.Stage("float", optimizer=sgd, epochs=12),
             configs.Stage("pruned", prune),
             configs.Stage("finetuned", optimizer=sgd, epochs=6),
             configs.Stage("int8", quantize),
             configs.Stage("integer", pack),
         ],
+        report=configs.Report(batches=(32,)),
     )

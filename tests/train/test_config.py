@@ -46,7 +46,7 @@ def test_describe_leaves_out_what_changes_no_number():
     assert configs.describe(a) == configs.describe(b)
     b.stages[1].epochs = 9
     assert configs.describe(a) != configs.describe(b)
-    assert configs.describe(a)["stages[1].transform"] == "halve"
+    assert configs.describe(a)["stages[1].transform"] == "prune"
 
 
 def test_cross_entropy_by_hand():

@@ -12,7 +12,7 @@ import pytest
 from tests.train import runs
 
 # Steps of the tiny run: 22 an epoch, 3 and 2 epochs.
-LAST = ("00-00000066", "01-00000044", "02-00000000")
+LAST = ("00-00000066", "01-00000044", "02-00000000", "03-00000000")
 
 
 def weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:
@@ -70,7 +70,7 @@ def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if "half  epoch 0/2" in line:
+        if "pruned  epoch 0/2" in line:
             break
     process.send_signal(signal.SIGTERM)
     output = runs.finish(process)

@@ -1,4 +1,4 @@
-"""A run of a few seconds, for the tests: two stages of a small network on digits."""
+"""A run of a few seconds, for the tests: a small network on digits, down to int8."""
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,16 @@ def build(config, key, images):
     return cj.from_linen(Net(), jax.jit(Net().init)(key, x), x)
 
 
-def halve(model, ctx):
-    """A transform that needs the batches, and is deterministic."""
-    mean = sum(float(jnp.mean(jnp.abs(x))) for (x,) in ctx.batches)
-    scale = 0.5 + 0.0 * mean
-    params = jax.tree.map(lambda p: p * scale, model.variables["params"])
-    return model.replace(variables={**model.variables, "params": params})
+def prune(model, ctx):
+    return cj.prune.channels(0.5)(model)
+
+
+def quantize(model, ctx):
+    return cj.quantize.ptq(ctx.batches)(model)
+
+
+def pack(model, ctx):
+    return cj.deploy.integer(tune=False)(model)
 
 
 def adam(model, ctx):
@@ -47,8 +51,9 @@ def get_config():
         checkpoint_every=7,
         stages=[
             configs.Stage("float", optimizer=adam, epochs=3),
-            configs.Stage("half", transform=halve, optimizer=adam, epochs=2),
-            configs.Stage("last", transform=halve),
+            configs.Stage("pruned", transform=prune, optimizer=adam, epochs=2),
+            configs.Stage("int8", transform=quantize),
+            configs.Stage("integer", transform=pack),
         ],
         report=configs.Report(enabled=False),
     )
