@@ -95,7 +95,7 @@ class Program:
     """A flat jaxpr with what each value depends on, and who uses it."""
 
     def __init__(self, trace: tracing.Trace, trainable: Sequence[str]):
-        flat = flatten(trace.jaxpr)
+        flat = flatten(trace)
         self.trace = dataclasses.replace(trace, jaxpr=flat)
         self.closed, self.jaxpr = flat, flat.jaxpr
         self.eqns = flat.jaxpr.eqns
@@ -253,8 +253,8 @@ class Program:
         return False
 
 
-def flatten(jaxpr: tracing.ClosedJaxpr) -> tracing.ClosedJaxpr:
-    """The jaxpr with plain calls replaced by their bodies.
+def flatten(trace: tracing.Trace) -> tracing.ClosedJaxpr:
+    """The jaxpr of a trace with plain calls replaced by their bodies.
 
     Custom derivatives (relu, fake quantization) stay, so that gradients do.
     """
@@ -267,13 +267,9 @@ def flatten(jaxpr: tracing.ClosedJaxpr) -> tracing.ClosedJaxpr:
             return None
         return tracing.evaluate(body, values, handle)
 
-    specs = [
-        jax.ShapeDtypeStruct(
-            v.aval.shape, v.aval.dtype, weak_type=getattr(v.aval, "weak_type", False)
-        )
-        for v in jaxpr.jaxpr.invars
-    ]
-    return jax.make_jaxpr(lambda *v: tracing.evaluate(jaxpr, v, handle))(*specs)
+    # The values themselves say more than their shapes (under shard_map, what varies).
+    flat = jax.make_jaxpr(lambda *v: tracing.evaluate(trace.jaxpr, v, handle))
+    return flat(*trace.in_values)
 
 
 def reshape_groups(

@@ -675,6 +675,56 @@ def test_sharded_variables_stay_sharded_and_pmap_works(pair):
     np.testing.assert_allclose(split[:, 0], fused(x), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["network", "standardised"])
+def test_shard_map(kind, pair):
+    """JAX marks a weight as varying between its leaf and its use."""
+    if kind == "network":
+        fused, x = pair[1], batch((2, 8, 8, 3))
+    else:
+        fn, kernel, n, shape = SPELLINGS[kind]
+        fused, x = fuse()(functional(fn, kernel, n, shape)), batch(shape)
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("b",), auto, devices=jax.devices()[:2])
+    spec = jax.sharding.PartitionSpec
+    run = jax.shard_map(
+        fused.apply_fn, mesh=mesh, in_specs=(spec(), spec("b")), out_specs=spec("b")
+    )
+    np.testing.assert_allclose(jax.jit(run)(fused.variables, x), fused(x), atol=1e-5)
+
+
+def test_rematerialised_and_equinox_networks():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.relu(nn.BatchNorm(True)(nn.Conv(4, (3, 3))(x)))
+
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.remat(Block)()(nn.remat(Block)()(x))
+
+    model = model_of(Deep(), (2, 6, 6, 3))
+    fused = fuse()(model)
+    assert set(fused.variables) == {"params"}
+    assert_same(model, fused, batch((2, 6, 6, 3)))
+
+    import equinox as eqx
+
+    class Net(eqx.Module):
+        conv: eqx.nn.Conv2d
+        gain: jax.Array
+
+        def __call__(self, x):
+            return jax.nn.relu(self.conv(x) * self.gain)
+
+    conv = eqx.nn.Conv2d(3, 4, 3, key=jax.random.key(0))
+    net = Net(conv, jnp.array([1.0, -2.0, 3.0, 0.5]).reshape(4, 1, 1))
+    model = cj.from_equinox(net, jnp.ones((2, 3, 6, 6)))
+    fused = fuse()(model)
+    assert trees.paths(fused.variables) == ("params/conv/bias", "params/conv/weight")
+    assert_same(model, fused, batch((2, 3, 6, 6)))
+
+
 # -- random networks ---------------------------------------------------------
 
 
