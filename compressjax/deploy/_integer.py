@@ -374,8 +374,19 @@ class _Walk:
             ins = [read(a) for a in eqn.invars]
             with tracing.context_of(eqn):
                 outs = self.step(i, eqn, ins)
+            outs = [self.held(v, y) for v, y in zip(eqn.outvars, outs, strict=True)]
             env.update(zip(eqn.outvars, outs, strict=True))
         return [self.as_float(read(a)) for a in jaxpr.jaxpr.outvars]
+
+    def held(self, v: Any, y: Any) -> Any:
+        """A sum that several read is stored: fused, each reader would do it again."""
+        if isinstance(y, Fixed) and len(self.program.readers.get(v, ())) > 1:
+            return Fixed(self.stored(lambda: y.v), y.unit, y.bound)
+        return y
+
+    def stored(self, compute: Any) -> Any:
+        """`compute()`, and in the fast program not fused into those who read it."""
+        return compute()
 
     def step(self, i: int, eqn: tracing.Equation, ins: list[Any]) -> Sequence[Any]:
         if all(isinstance(x, Known) for x in ins):
@@ -505,7 +516,7 @@ class _Walk:
             return other
         lo, hi, z = fact["lo"], fact["hi"], fact["zero"]
         step = fact.get("scale")
-        q = self.codes(name, x, step, lo, hi, z)
+        q = self.stored(lambda: self.codes(name, x, step, lo, hi, z))
         codes = Codes(q, name, z, lo, hi, scale=step)
         self.memo["codes", name] = codes
         return codes
@@ -1219,6 +1230,20 @@ class _Run(_Walk):
 
     def concrete(self, known):
         return None
+
+    def stored(self, compute):
+        if self.table is None:
+            return compute()
+        witness = next(x for p, x in self.leaves.items() if p.startswith(CONSTANTS))
+
+        def alone():
+            # What is made inside a branch must not be remembered outside of it.
+            memo, taken = dict(self.memo), dict(self.taken)
+            out = compute()
+            self.memo, self.taken = memo, taken
+            return out
+
+        return _lowerings.stored(alone, witness)
 
     def lowering(self, product):
         if self.table is None:

@@ -120,6 +120,19 @@ class Conv:
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+def stored(compute: Callable[[], Any], witness: Any) -> Any:
+    """`compute()`, written to memory before anybody reads it.
+
+    XLA on CPU drops optimization barriers before it fuses, and then does the elementwise
+    work before an im2col again for each tap. The branch of a conditional is not fused
+    with its readers; its condition is true whatever the witness holds, but only the
+    running program knows: x * 0 is 0 or NaN, never 1.
+    """
+    spec = jax.eval_shape(compute)
+    one = witness.reshape(-1)[0].astype(jnp.float32)
+    return lax.cond(one * 0 != 1, compute, lambda: jnp.zeros(spec.shape, spec.dtype))
+
+
 def _channels_last(conv: Conv, x: Any, w: Any) -> tuple[Any, Any]:
     n, c, *space = conv.specs[0]
     o, i, *taps = conv.specs[1]
@@ -344,6 +357,7 @@ def float_product(
     def multiply(a: Any, b: Any) -> Any:
         return (a * b).astype(dtype)
 
+    x = stored(lambda x=x: x, w)
     x, w = _channels_last(conv, x, w)
     y = _run(conv, choice, x, w, 0, multiply if choice.form == "shifts" else dot)
     return _from_last(conv, y.astype(dtype))
@@ -524,26 +538,27 @@ def candidates(
         return tuple(f for f in forms if f != "fft" or x.dtype == jnp.float32)
     parts = bound // EXACT + 1
     cut = f"x{parts}" if parts > 1 else ""
+    narrow = min(w.shape[-2:]) <= 32
     names = []
     for form in forms:
-        if form == "fft":
-            continue
-        if form == "shifts":
+        if form == "conv":
+            names.append("conv:int8")
+            if primitive == "dot_general" and bound < EXACT:
+                names += ["conv:bfloat16", "conv:float32"]
+            elif narrow and bound < EXACT:
+                names.append("conv:float32")
+        elif form == "shifts":
             names.append("shifts:int8")
             names += ["shifts:float32"] if bound < EXACT else []
-            continue
-        if form != "pixels" or not fill:
-            names.append(f"{form}:int8")
-        if form == "conv":
-            names += ["conv:bfloat16", "conv:float32"] if bound < EXACT else []
-            continue
-        if parts > 4:
-            continue
-        names.append(f"{form}:bfloat16{cut}")
-        if form.startswith(("im2col", "pixels")):
-            names.append(f"{form}:late-bfloat16{cut}")
-        if form == "im2col":
-            names.append(f"{form}:late-float32{cut}")
+        elif form == "im2col":
+            names.append("im2col:int8")
+            if parts <= 4:
+                names += [f"im2col:late-bfloat16{cut}", f"im2col:late-float32{cut}"]
+        elif form in ("im2col2", "pixels"):
+            names += [f"{form}:int8"] if form != "pixels" or not fill else []
+            names += [f"{form}:late-bfloat16{cut}"] if parts <= 4 else []
+        elif form == "rows" or form.startswith("im2col/"):
+            names += [f"{form}:late-bfloat16{cut}"] if parts <= 4 else []
     return tuple(names)
 
 

@@ -8,8 +8,10 @@ shapes are timed once.
 """
 
 import functools
+import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -62,10 +64,13 @@ def tune(
             table = _choices.check(choices, rewriter.names)
         else:
             table = {}
+            timed: dict[Any, str] = {}
             for size in tuple(batch_sizes) or (None,):
                 for site in _sites(model, where, size):
-                    name = pick_float(site, backward=backward)
-                    entry = [int(np.prod(site.x.shape)), name]
+                    key = _key(site.primitive, site.params, site.x, site.w)
+                    if key not in timed:
+                        timed[key] = pick_float(site, backward=backward)
+                    entry = [int(np.prod(site.x.shape)), timed[key]]
                     table.setdefault(site.name, []).append(entry)
 
         def rule(site, op, x, w, state):
@@ -133,8 +138,7 @@ def pick_float(site: Any, *, backward: bool = False) -> str:
         return jax.grad(loss, (0, 1))(x, w)
 
     timed = both if backward else run
-    key = ("float", backward, _key(site.primitive, site.params, site.x, site.w))
-    return _fastest(key, {n: functools.partial(timed, n) for n in names}, (x, w, bias))
+    return _fastest({n: functools.partial(timed, n) for n in names}, (x, w, bias))
 
 
 def _call(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +211,7 @@ def _pick_codes(p: Any, names: Sequence[str]) -> str:
         jnp.ones(shape, jnp.int32),
         jnp.full(shape, 1e-3, jnp.float32),
     )
-    return _fastest(None, {n: functools.partial(run, n) for n in names}, args)
+    return _fastest({n: functools.partial(run, n) for n in names}, args)
 
 
 def _key(primitive: str, params: Mapping[str, Any], *specs: Any) -> Any:
@@ -222,9 +226,11 @@ def _fill(spec: Any) -> Any:
     return jnp.asarray(values.reshape(spec.shape).astype(spec.dtype))
 
 
-def _fastest(key: Any, functions: Mapping[str, Any], args: Any) -> str:
-    del key
-    compiled = {n: jax.jit(f).lower(*args).compile() for n, f in functions.items()}
+def _fastest(functions: Mapping[str, Any], args: Any) -> str:
+    staged = {n: jax.jit(f).lower(*args) for n, f in functions.items()}
+    with futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        done = pool.map(lambda lowered: lowered.compile(), staged.values())
+        compiled = dict(zip(staged, done, strict=True))
     times: dict[str, list[float]] = {n: [] for n in compiled}
     repeats: dict[str, int] = {}
     for name, f in compiled.items():
