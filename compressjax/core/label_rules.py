@@ -4,6 +4,7 @@ A rule is ``rule(engine, eqn, ins) -> outs`` over `labels.Labels`. A primitive t
 not in the table freezes every label that reaches it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,14 +49,20 @@ def out_shapes(eqn: Any) -> list[tuple[int, ...]]:
     return [getattr(v.aval, "shape", ()) for v in eqn.outvars]
 
 
-def kind_of(ins: Sequence[Labels]) -> tuple[int, int]:
-    """Data if any input is; the leaf that the largest input comes from."""
+def kind_of(ins: Sequence[Labels], eqn: Any = None) -> tuple[int, int]:
+    """Data if any input is; the leaf that the largest input comes from.
+
+    Of equally large ones, the one of numbers: a mask is no weight.
+    """
     kind = max((v.kind for v in ins), default=CONSTANT)
-    leaf, size = -1, -1
-    for v in ins:
-        if v.leaf >= 0 and len(v.shape) > size:
-            leaf, size = v.leaf, len(v.shape)
-    return kind, leaf if kind < DATA else -1
+    leaf, best = -1, (-1, False)
+    for i, v in enumerate(ins):
+        if v.leaf >= 0 and kind < DATA:
+            numbers = eqn is None or eqn.invars[i].aval.dtype.kind != "b"
+            rank = (math.prod(v.shape), numbers)
+            if rank > best:
+                leaf, best = v.leaf, rank
+    return kind, leaf
 
 
 def unknown(e: Engine, eqn: Any, ins: Sequence[Labels]) -> list[Labels]:
@@ -68,7 +75,7 @@ def unknown(e: Engine, eqn: Any, ins: Sequence[Labels]) -> list[Labels]:
 def elementwise(e: Engine, eqn: Any, ins: Sequence[Labels]) -> list[Labels]:
     shape = out_shapes(eqn)[0]
     axes, wide = blocks.join_values(e, shape, ins)
-    kind, leaf = kind_of(ins)
+    kind, leaf = kind_of(ins, eqn)
     out = Labels(shape, axes, wide, kind, leaf)
     if kind == CONSTANT and all(v.value is not None for v in ins):
         fold = FOLD.get(eqn.primitive.name)

@@ -21,14 +21,12 @@ def resolve(
         raise errors.NoMatchError(
             "no group was given.", operation=operation, remedy="See cj.prune.groups."
         )
-    settings = {dict(k.options).get("attention", "heads"): 0 for k in _objects(keep)}
     asked = {k.options for k in _objects(keep)}
     if len(asked) > 1 or (asked and options and dict(*asked) != options):
         raise ValueError(
             f"groups found with different options cannot be mixed: {sorted(asked)}, "
             f"{options}. Call cj.prune.groups once."
         )
-    del settings
     if asked:
         options = dict(*asked)
     by_name: dict[str, ChannelGroup] = {}

@@ -20,10 +20,12 @@ from compressjax.prune._live import (
     Dead,
     Live,
     NeedFull,
+    expand,
     fillable,
     from_constant,
     full,
     is_array,
+    merge_units,
     plain,
     spell_out,
 )
@@ -234,7 +236,11 @@ def _derived_jvp(eqn: Any, crossing: Crossing, primals: Any, tangents: Any):
     primal_outs = Crossing(evaluate(*inner(eqn), values))
     tangent_arrays = []
     for like, v in zip(primal_outs.values, outs[half:], strict=True):
-        tangent_arrays += _like(v, like)
+        if jnp.issubdtype(like.dtype, jnp.inexact):
+            tangent_arrays += _like(v, like)
+        else:
+            arrays = Crossing([like]).arrays()
+            tangent_arrays += [np.zeros(a.shape, jax.dtypes.float0) for a in arrays]
     return primal_outs.arrays(), tangent_arrays
 
 
@@ -258,8 +264,6 @@ def match(v: Live, like: Live) -> Any:
         for a, b in zip(v.dead, like.dead, strict=True)
     )
     if not same:
-        from compressjax.prune._live import merge_units
-
         v = plain(full(v))
         arr, units = v.data, v.units()
         for d in like.dead:
@@ -424,8 +428,6 @@ def spell_like(v: Live) -> Live:
 
 def _stacked(v: Live) -> Live:
     """A scanned input: no dead layers, no array reps."""
-    from compressjax.prune._live import expand
-
     v = spell_out(expand(v, [0]) if v.touching([0]) else v)
     return plain(full(v)) if _has_array_rep(v) else v
 

@@ -18,7 +18,15 @@ from compressjax.core import errors, trace, trees
 from compressjax.core.model import Model, Step, Transform
 from compressjax.prune._groups import ChannelGroup
 from compressjax.prune._keep import LeafKeeps, cut, indices, leaf_keeps, resolve
-from compressjax.prune._live import Dead, Live, NeedFull, full, merge_units, plain
+from compressjax.prune._live import (
+    Dead,
+    Live,
+    NeedFull,
+    full,
+    merge_units,
+    plain,
+    spell_out,
+)
 from compressjax.prune._live_calls import evaluate
 
 
@@ -141,8 +149,6 @@ def _update(v: Live, axes: Mapping[int, np.ndarray]) -> Any:
         if not (axes.get(d.axes[0], np.ones_like(d.keep)) <= d.keep).all():
             v = plain(full(v))
             break
-    from compressjax.prune._live import spell_out
-
     v = spell_out(v)
     arr, units = v.data, v.units()
     for axis, keep in axes.items():

@@ -47,6 +47,12 @@ def run_case(pick, rng) -> dict:
     return out | {"outcome": "right" if good else "WRONG", "error": error}
 
 
+def run_seed(seed: int) -> dict:
+    """The case that a seed draws."""
+    rng = np.random.default_rng(seed)
+    return run_case(lambda options: options[rng.integers(len(options))], rng)
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=2000)
@@ -57,9 +63,8 @@ def main(argv=None) -> int:
     start, bad = time.time(), []
     for i in range(args.cases):
         seed = args.seed + i
-        rng = np.random.default_rng(seed)
         try:
-            result = run_case(lambda options: options[rng.integers(len(options))], rng)  # noqa: B023
+            result = run_seed(seed)
         except Exception as e:  # report the seed and go on
             result = {"outcome": "CRASHED", "text": f"{type(e).__name__}: {e}"}
         outcome = result["outcome"]
