@@ -83,4 +83,19 @@ MODELS = {
     # 16 bits: next to a tie either code may come out, and must stay in round-off.
     "quantize.insert": Contract(cj.quantize.insert(cj.quantize.uniform(16))),
     "quantize.ptq": Contract(cj.quantize.ptq(batches(), bits=16)),
+    "prune.shrink": Contract(lambda m: cj.prune.shrink(keep_half())(m)),
+    "prune.mask": Contract(lambda m: cj.prune.mask(keep_half())(m)),
+    "prune.channels": Contract(cj.prune.channels(0.5)),
+    "deploy.tune": Contract(cj.deploy.tune()),
+    "deploy.integer": Contract(
+        cj.compose(cj.quantize.ptq(batches()), cj.deploy.integer(tune=False)),
+        grad=False,
+        trains=False,
+        bfloat16=False,
+    ),
+    "prune, fuse": Contract(cj.compose(cj.prune.channels(0.5), cj.merge.fuse())),
+    "fuse, prune": Contract(cj.compose(cj.merge.fuse(), cj.prune.channels(0.5))),
+    "ptq, prune": Contract(
+        cj.compose(cj.quantize.ptq(batches(), bits=16), cj.prune.channels(0.5))
+    ),
 }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import compressjax as cj
 from tests import contracts
 from tests.contracts import X
 
@@ -109,8 +110,6 @@ def test_training_mode(case):
 
 
 def test_the_model_can_be_traced_again(case):
-    import compressjax as cj
-
     names = [s.name for s in cj.sites(case.model)]
     same = cj.rewrite(lambda site, op, x, w: op(x, w))(case.model)
     near(
@@ -118,3 +117,14 @@ def test_the_model_can_be_traced_again(case):
         case.wanted,
     )
     assert names and case.model.history[-1].settings is not None
+
+
+def test_checkpoint_trip(case, tmp_path):
+    names = {step.name for step in case.model.history}
+    if names & {"rewrite", "capture"}:
+        pytest.skip("a rule is code: it is applied again, not loaded")
+    cj.deploy.save(tmp_path / "model", case.model)
+    loaded = cj.deploy.load(tmp_path / "model", model=contracts.network())
+    assert (loaded.bits, loaded.history) == (case.model.bits, case.model.history)
+    out = jax.jit(lambda v, x: case.row.out(loaded.apply_fn(v, x)))(loaded.variables, X)
+    np.testing.assert_array_equal(out, case.wanted)
