@@ -5,9 +5,9 @@ over the jaxpr carries the labels along with the values and unites those that me
 rules are in `label_rules`. Connected components of what was united are the channels.
 
 The labels of a value are a list of *blocks*, each a set of axes with one array of
-labels over exactly those axes. An ordinary axis is a block of one axis. A reshape (96) ->
-(3, 4, 8) makes one block of three axes, which stays undecided until an operation
-consumes part of it; then `collapse` ties the labels along the other axes.
+labels over exactly those axes. An ordinary axis is a block of one axis. A reshape
+(96) -> (3, 4, 8) makes one block of three axes, which stays undecided until an
+operation consumes part of it; then `collapse` ties the labels along the other axes.
 
 Three codes stand where there is no label:
 

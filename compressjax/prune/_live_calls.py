@@ -1,4 +1,4 @@
-"""The interpreter over live values, and the operations that hold a jaxpr of their own.
+"""Operations that hold a jaxpr of their own, on live values.
 
 Inner calls are inlined. What changes differentiation is kept: custom derivatives are
 derived at full size and evaluated live, remat and scan are built again around the live
@@ -13,16 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from compressjax.core import label_rules, trace
-from compressjax.prune import _live_movement as movement
-from compressjax.prune import _live_products as products
+from compressjax.core import trace
 from compressjax.prune._live import (
     Dead,
     Live,
-    NeedFull,
     expand,
     fillable,
-    from_constant,
     full,
     is_array,
     merge_units,
@@ -30,108 +26,7 @@ from compressjax.prune._live import (
     spell_out,
 )
 from compressjax.prune._live_elementwise import elementwise
-
-Rule = Callable[[Any, Sequence[Live]], list[Live]]
-
-
-def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Live]) -> list[Live]:
-    """Run a jaxpr of the full network on live values."""
-    env: dict[Any, Live] = dict(zip(jaxpr.invars, args, strict=True))
-    env.update(zip(jaxpr.constvars, map(from_constant, consts), strict=True))
-
-    def read(atom: Any) -> Live:
-        return from_constant(atom.val) if isinstance(atom, trace.Literal) else env[atom]
-
-    last = last_uses(jaxpr)
-    for i, eqn in enumerate(jaxpr.eqns):
-        ins = [read(a) for a in eqn.invars]
-        with trace.context_of(eqn):
-            outs = step(eqn, ins)
-        env.update(zip(eqn.outvars, outs, strict=True))
-        for var in last.get(i, ()):
-            env.pop(var, None)
-    return [read(a) for a in jaxpr.outvars]
-
-
-def last_uses(jaxpr: Any) -> dict[int, list[Any]]:
-    """Variables to forget after each equation, so that eager memory stays flat."""
-    last: dict[Any, int] = {}
-    for i, eqn in enumerate(jaxpr.eqns):
-        for a in (*eqn.invars, *eqn.outvars):
-            if not isinstance(a, trace.Literal):
-                last[a] = i
-    for a in jaxpr.outvars:
-        if not isinstance(a, trace.Literal):
-            last.pop(a, None)
-    out: dict[int, list[Any]] = {}
-    for var, i in last.items():
-        out.setdefault(i, []).append(var)
-    return out
-
-
-def step(eqn: Any, ins: Sequence[Live]) -> list[Live]:
-    """One equation. Where no rule can carry the dead entries, it runs at full size."""
-    rule = RULES.get(eqn.primitive.name)
-    small = rule in _TRACKED and all(v.const is not None for v in ins)
-    known = rule in _TRACKED and all(v.known is not None for v in ins)
-    if all(v.plain for v in ins) and not (small or known) and rule not in _SPREADING:
-        return [plain(x) for x in trace.bind(eqn, [v.data for v in ins])]
-    if rule is None:
-        return movement.whole(eqn, ins)
-    try:
-        outs = rule(eqn, ins)
-    except NeedFull:
-        return movement.whole(eqn, ins)
-    if not all(fillable(v) for v in outs):
-        remember(eqn, ins, outs)
-    return outs
-
-
-def remember(eqn: Any, ins: Sequence[Live], outs: Sequence[Live]) -> None:
-    """How to rebuild results whose dead entries have no common value."""
-    memo: list[Any] = []
-
-    def rebuild(i: int) -> Any:
-        if not memo:
-            with trace.context_of(eqn):
-                memo.extend(trace.bind(eqn, [full(v) for v in ins]))
-        return memo[i]
-
-    for i, out in enumerate(outs):
-        out.thunk = lambda i=i: rebuild(i)
-
-
-class Crossing:
-    """Live values as flat arrays and back, for the border of a JAX transformation."""
-
-    def __init__(self, values: Sequence[Live]):
-        self.values = [v if fillable(v) else plain(full(v)) for v in values]
-
-    def arrays(self) -> list[Any]:
-        out = []
-        for v in self.values:
-            out.append(v.data)
-            out += [d.rep for d in v.dead if is_array(d.rep)]
-        return out
-
-    def rebuild(self, arrays: Sequence[Any]) -> list[Live]:
-        it = iter(arrays)
-        out = []
-        for v in self.values:
-            data = next(it)
-            dead = [
-                Dead(d.axes, d.keep, next(it) if is_array(d.rep) else d.rep)
-                for d in v.dead
-            ]
-            out.append(Live(data, v.shape, dead, v.uniform, v.const, v.known))
-        return out
-
-
-def inner(eqn: Any) -> tuple[Any, Sequence[Any]]:
-    """The jaxpr of a call and its constants."""
-    p = eqn.params
-    body = p.get("jaxpr") or p.get("call_jaxpr") or p.get("fun_jaxpr")
-    return (body.jaxpr, body.consts) if hasattr(body, "jaxpr") else (body, ())
+from compressjax.prune._live_run import Crossing, evaluate, inner
 
 
 def inline(eqn: Any, ins: Sequence[Live]) -> list[Live]:
@@ -435,50 +330,3 @@ def _stacked(v: Live) -> Live:
 def _layer(v: Live, data: Any) -> Live:
     dead = [Dead(tuple(a - 1 for a in d.axes), d.keep, d.rep) for d in v.dead]
     return Live(data, v.shape[1:], dead)
-
-
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(label_rules.ELEMENTWISE, elementwise),
-    **dict.fromkeys("jit pjit closed_call core_call".split(), inline),
-    **dict.fromkeys("checkpoint remat remat2".split(), remat),
-    **dict.fromkeys("custom_vjp_call custom_vjp_call_jaxpr".split(), custom_vjp),
-    **dict.fromkeys(
-        "cumsum cumprod cummax cummin cumlogsumexp".split(),
-        products.passing(lambda e: [e.params["axis"]]),
-    ),
-    **dict.fromkeys(
-        "reduce_window_sum reduce_window_max reduce_window_min".split(),
-        products.passing(products.window_axes),
-    ),
-    "broadcast_in_dim": movement.broadcast_in_dim,
-    "concatenate": movement.concatenate,
-    "conv_general_dilated": products.conv,
-    "custom_jvp_call": custom_jvp,
-    "dot_general": products.dot_general,
-    "dynamic_slice": movement.dynamic_slice,
-    "gather": movement.gather,
-    "optimization_barrier": movement.identity,
-    "pad": movement.pad,
-    "reduce_and": products.reduction("and"),
-    "reduce_max": products.reduction("max"),
-    "reduce_min": products.reduction("min"),
-    "reduce_or": products.reduction("or"),
-    "reduce_sum": products.reduction("sum"),
-    "reshape": movement.reshape,
-    "rev": movement.rev,
-    "scan": scan,
-    "slice": movement.slice_,
-    "split": movement.split,
-    "squeeze": movement.squeeze,
-    "transpose": movement.transpose,
-}
-_TRACKED = (
-    elementwise,
-    movement.broadcast_in_dim,
-    movement.reshape,
-    movement.squeeze,
-    movement.slice_,
-    movement.transpose,
-    movement.concatenate,
-)
-_SPREADING = (movement.broadcast_in_dim,)

@@ -27,7 +27,7 @@ from compressjax.prune._live import (
     plain,
     spell_out,
 )
-from compressjax.prune._live_calls import evaluate
+from compressjax.prune._live_run import evaluate
 
 
 def shrink(keep: Mapping[ChannelGroup | str, Any], **options: str) -> Transform:

@@ -7,7 +7,6 @@ every part visible. Each step is ``step(p, x, saved) -> x`` on NHWC or NCHW imag
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from tests.prune.nets import norm_params, vector, weight
