@@ -1,0 +1,208 @@
+"""Every lowering equals the convolution it replaces; gradients too."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import compressjax as cj
+from compressjax.core import errors
+from compressjax.deploy import _choices, _lowerings, _tune
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+FORMS = ("im2col", "im2col2", "rows", "taps", "pixels", "im2col/2")
+CASES = {
+    "3x3": (dict(), (2, 4, 4, 3), (3, 3, 3, 5), NHWC),
+    "stride": (dict(window_strides=(2, 1)), (4, 6, 5, 2), (3, 2, 2, 4), NHWC),
+    "dilated": (dict(rhs_dilation=(2, 2)), (2, 7, 7, 2), (3, 3, 2, 4), NHWC),
+    "crop": (
+        dict(padding=((-1, 2), (0, 1))), (2, 6, 6, 2), (3, 3, 2, 4), NHWC,
+    ),
+    "transposed": (
+        dict(lhs_dilation=(2, 2), padding=((2, 2), (2, 2))),
+        (2, 4, 4, 3), (4, 4, 3, 2), NHWC,
+    ),
+    "nchw": (
+        dict(), (2, 3, 5, 5), (4, 3, 3, 3), ("NCHW", "OIHW", "NCHW"),
+    ),
+    "1d": (
+        dict(padding=((1, 1),), window_strides=(1,)),
+        (2, 9, 3), (3, 3, 4), ("NWC", "WIO", "NWC"),
+    ),
+}  # fmt: skip
+
+
+def product(settings, dn):
+    rank = len(dn[0]) - 2
+    full = {"window_strides": (1,) * rank, "padding": ((1, 1),) * rank} | settings
+
+    def op(x, w, **more):
+        return jax.lax.conv_general_dilated(x, w, dimension_numbers=dn, **full, **more)
+
+    return op
+
+
+def params_of(op, x, w):
+    (eqn,) = jax.make_jaxpr(op)(x, w).jaxpr.eqns
+    return eqn.params
+
+
+def codes(shape, seed, lo, hi, dtype):
+    return np.random.default_rng(seed).integers(lo, hi + 1, shape).astype(dtype)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float_lowerings(case):
+    settings, x_shape, w_shape, dn = CASES[case]
+    op = product(settings, dn)
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(size=s).astype(np.float32) for s in (x_shape, w_shape))
+    params = params_of(op, x, w)
+    wanted = op(x, w)
+    for form in FORMS:
+        if form == "pixels" and "lhs_dilation" in settings:
+            continue
+        run = functools.partial(_lowerings.float_product, form, "conv_general_dilated")
+        got = jax.jit(functools.partial(run, params))(x, w)
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5, err_msg=form)
+
+
+@pytest.mark.parametrize("case", ["3x3", "crop", "transposed", "nchw"])
+@pytest.mark.parametrize("zero", [0, 9], ids=["no zero point", "zero point"])
+def test_code_lowerings_give_the_same_integers(case, zero):
+    settings, x_shape, w_shape, dn = CASES[case]
+    op = product(settings, dn)
+    w = codes(w_shape, 1, -127, 127, np.int8)
+    params = params_of(op, np.zeros(x_shape, np.float32), w.astype(np.float32))
+    side = {"NHWC": (0, 1, 2), "NCHW": (1, 2, 3)}[dn[0]]
+    for dtype, lo, hi in ((np.int8, -128, 127),) if zero else ((np.uint8, 0, 255),):
+        q = codes(x_shape, 2, lo, hi, dtype)
+        wanted = op(
+            (q.astype(np.int32) - zero), w.astype(np.int32),
+            preferred_element_type=jnp.int32,
+        )  # fmt: skip
+        sums = w.astype(np.int32).sum(side, keepdims=True)
+        if dn[0] == "NCHW":
+            sums = sums.reshape(1, -1, 1, 1)
+        names = [f"{f}:{c}" for f, c in zip(
+            ("conv", "im2col", "im2col", "im2col2", "rows", "taps", "im2col/1"),
+            ("int8", "int8", "late-bfloat16", "bfloat16x3", "int8",
+             "late-float32x2", "late-bfloat16"),
+            strict=True,
+        )]  # fmt: skip
+        if case != "transposed":
+            names.append("pixels:bfloat16")
+        for name in names:
+            run = functools.partial(
+                _lowerings.code_product, name, "conv_general_dilated", params, 1
+            )
+            y, fill = jax.jit(lambda q, w, run=run: run(q, zero, w))(q, w)
+            assert y.dtype == jnp.int32
+            np.testing.assert_array_equal(y - fill * sums, wanted, err_msg=name)
+
+
+def test_depthwise_and_fft():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2, 12, 12, 3)).astype(np.float32)
+    for k, form in ((3, "shifts"), (11, "fft"), (3, "im2col")):
+        w = rng.normal(size=(k, k, 1, 3)).astype(np.float32)
+        op = product({"padding": ((k // 2,) * 2,) * 2, "feature_group_count": 3}, NHWC)
+        run = functools.partial(_lowerings.float_product, form, "conv_general_dilated")
+        got = jax.jit(functools.partial(run, params_of(op, x, w)))(x, w)
+        np.testing.assert_allclose(got, op(x, w), rtol=1e-3, atol=1e-4, err_msg=form)
+
+
+def test_a_float_carrier_is_exact_below_its_bound_and_not_above():
+    # 1040 products 127 * 127 reach 16,774,160 < 2^24; two more would not fit.
+    a = np.full((1, 1041), 127, np.int64)
+    assert _lowerings.accumulator_bound(a[:, :1040].T, (0,), 0, 127) < 2**24
+    assert _lowerings.accumulator_bound(a.T, (0,), 0, 127) > 2**24
+    assert int(np.float32(2**24 + 1)) == 2**24
+    bound = _lowerings.accumulator_bound(np.full((1300, 1), 127), (0,), 0, 127)
+    names = _lowerings.candidates(
+        "conv_general_dilated",
+        params_of(product({}, NHWC), np.zeros((1, 4, 4, 3)), np.zeros((3, 3, 3, 64))),
+        jax.ShapeDtypeStruct((1, 4, 4, 3), jnp.int8),
+        jax.ShapeDtypeStruct((3, 3, 3, 64), jnp.int8),
+        bound=bound,
+    )
+    floats = [n for n in names if "float" in n]
+    assert floats and all(n.endswith("x2") for n in floats)
+
+
+@pytest.fixture(scope="module")
+def network():
+    rng = np.random.default_rng(5)
+    p = {
+        "a": rng.normal(size=(3, 3, 2, 4)).astype(np.float32),
+        "b": rng.normal(size=(3, 3, 4, 3)).astype(np.float32),
+    }
+    op = product({}, NHWC)
+
+    def net(p, x):
+        return op(jax.nn.relu(op(x, p["a"])), p["b"])
+
+    x = rng.normal(size=(4, 3, 3, 2)).astype(np.float32)
+    return cj.from_function(net, p, x), x
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tuned_networks_train(network, form):
+    model, x = network
+    choices = {"params/a": [[1, form]], "params/b": [[1, form]]}
+    tuned = cj.deploy.tune(choices=choices)(model)
+
+    def loss(apply_fn):
+        return lambda v: (apply_fn(v, x) ** 2).mean()
+
+    wanted, got = (
+        jax.jit(jax.value_and_grad(loss(m.apply_fn)))(m.variables)
+        for m in (model, tuned)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), wanted, got
+    )
+    one = jax.jit(jax.vmap(lambda a: tuned(a[None])[0]))
+    np.testing.assert_allclose(one(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_tune_keeps_the_fastest(network, monkeypatch):
+    """With a clock that favours one form, that form is kept and replayed."""
+    model, x = network
+    seen = []
+
+    def fastest(functions, args):
+        seen.append(tuple(functions))
+        return "rows"
+
+    monkeypatch.setattr(_tune, "_fastest", fastest)
+    tuned = cj.deploy.tune(batch_sizes=(1, 4))(model)
+    assert len(seen) == 4 and all("conv" in names for names in seen)
+    table = tuned.history[-1].settings["choices"]
+    assert table["params/a"] == [[18, "rows"], [72, "rows"]]
+    assert [r.achieved for r in tuned.report] == ["rows, rows"] * 2
+    again = cj.deploy.tune(**tuned.history[-1].settings)(model)
+    np.testing.assert_array_equal(jax.jit(again.apply_fn)(model.variables, x),
+                                  jax.jit(tuned.apply_fn)(model.variables, x))  # fmt: skip
+    assert cj.costs.count(tuned).macs == cj.costs.count(model).macs
+
+
+def test_the_clock_decides():
+    """A function that does a hundred times the work does not win."""
+    x = jnp.ones((64, 64))
+
+    def slow(x):
+        return jax.lax.fori_loop(0, 300, lambda i, y: jnp.tanh(y @ x), x)
+
+    assert _tune._fastest({"slow": slow, "fast": lambda x: x @ x}, (x,)) == "fast"
+
+
+def test_choices_of_the_nearest_size():
+    table = {"a": [[10, "x"], [1000, "y"]]}
+    assert _choices.nearest(table, "a", (99,)) == "x"
+    assert _choices.nearest(table, "a", (101,)) == "y"
+    assert _choices.nearest(table, "b", (1,), "z") == "z"
+    with pytest.raises(errors.NoMatchError, match="typo"):
+        _choices.check({"typo": []}, ["a"])
