@@ -76,7 +76,11 @@ class Checkpoints:
             orbax.save(path / "state", _whole(state))
         meshes.wait(f"saved {place.name}")
         if meshes.is_first():
-            manifest = {"files": _checksums(path), "notes": notes}
+            manifest = {
+                "files": _checksums(path),
+                "leaves": _described(state),
+                "notes": notes,
+            }
             write_text(path / "manifest.json", json.dumps(manifest, indent=1))
             self._clean(place.stage)
         meshes.wait(f"done {place.name}")
@@ -84,35 +88,31 @@ class Checkpoints:
     def restore(self, place: Place, like: Tree) -> Tree:
         """The state, with the structure and shardings of `like`."""
         path = self.root / place.name
-        wanted = _whole(like)
-        with _checkpointer() as orbax:
-            args = ocp.checkpoint_utils.construct_restore_args(wanted)
-            request = ocp.args.PyTreeRestore(item=wanted, restore_args=args)
-            try:
-                found = orbax.restore(path / "state", args=request)
-            except (ValueError, KeyError) as error:
+        saved, wanted = self._manifest(place)["leaves"], _described(like)
+        for name in sorted({*saved, *wanted}):
+            if saved.get(name) != wanted.get(name):
                 raise errors.CheckpointError(
-                    f"it does not fit the Model: {error}",
-                    path=str(path),
-                    operation="restore",
-                    remedy="Was the config or the code changed? Use a new --workdir.",
-                ) from error
-        leaves, structure = jax.tree.flatten(like)
-        new = [found.get(_name(i), leaf) for i, leaf in enumerate(leaves)]
-        for path_, a, b in zip(trees.paths(like), leaves, new, strict=True):
-            if a.shape != b.shape or a.dtype != b.dtype:
-                raise errors.CheckpointError(
-                    f"it holds {b.dtype}{b.shape}, the Model has {a.dtype}{a.shape}.",
-                    path=f"{path}: {path_}",
+                    f"it holds {saved.get(name, 'nothing')}, the Model "
+                    f"{wanted.get(name, 'nothing')}.",
+                    path=f"{path}: {name}",
                     operation="restore",
                     remedy="Was the config or the code changed? Use a new --workdir.",
                 )
+        target = _whole(like)
+        args = ocp.checkpoint_utils.construct_restore_args(target)
+        request = ocp.args.PyTreeRestore(item=target, restore_args=args)
+        with _checkpointer() as orbax:
+            found = orbax.restore(path / "state", args=request)
+        leaves, structure = jax.tree.flatten(like)
+        new = [found.get(_name(i), leaf) for i, leaf in enumerate(leaves)]
         return jax.tree.unflatten(structure, new)
 
     def notes(self, place: Place) -> dict[str, Any]:
         """What was noted when it was saved."""
-        manifest = self.root / place.name / "manifest.json"
-        return json.loads(manifest.read_text())["notes"]
+        return self._manifest(place)["notes"]
+
+    def _manifest(self, place: Place) -> dict[str, Any]:
+        return json.loads((self.root / place.name / "manifest.json").read_text())
 
     def latest(self) -> Place | None:
         """The newest good checkpoint whose earlier stages are all there, or None.
@@ -142,8 +142,8 @@ class Checkpoints:
     def _is_good(self, place: Place) -> bool:
         path = self.root / place.name
         try:
-            manifest = json.loads((path / "manifest.json").read_text())
-            expected, _ = manifest["files"], manifest["notes"]
+            manifest = self._manifest(place)
+            expected, *_ = (manifest[k] for k in ("files", "leaves", "notes"))
         except FileNotFoundError:
             self.say(f"checkpoint {path}: cut off while it was written; not used.")
             return False
@@ -177,6 +177,11 @@ def _whole(tree: Tree) -> dict[str, Any]:
     """{name: leaf}; leaves without elements have nothing to save."""
     leaves = jax.tree.leaves(tree)
     return {_name(i): leaf for i, leaf in enumerate(leaves) if np.size(leaf)}
+
+
+def _described(tree: Tree) -> dict[str, str]:
+    """{path: type and shape} of every leaf."""
+    return {k: f"{x.dtype}{list(x.shape)}" for k, x in trees.flat(tree).items()}
 
 
 def _checksums(path: pathlib.Path) -> dict[str, str]:

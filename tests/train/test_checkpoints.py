@@ -97,5 +97,7 @@ def test_nothing_saved_is_none(saved):
 def test_another_shape_is_refused_by_name(saved):
     saved.save(Place(0, 0), state(0.0), {})
     wrong = {**state(0.0), "w": jnp.zeros((3, 3))}
-    with pytest.raises(cj.core.errors.CheckpointError, match="new --workdir"):
+    with pytest.raises(cj.core.errors.CheckpointError, match="new --workdir") as error:
         saved.restore(Place(0, 0), wrong)
+    assert ": w: " in str(error.value)
+    assert "holds float32[2, 3], the Model float32[3, 3]" in str(error.value)
