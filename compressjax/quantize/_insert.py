@@ -62,8 +62,8 @@ def insert(
       inputs: quantizer of the inputs of the sites, and of both operands of products of
         activations. It needs data: `batches` here, or `calibrate` later.
       where: a glob over site names.
-      overrides: {glob: {"weights": quantizer, "inputs": quantizer}}, where a missing key
-        keeps the quantizer above and None is float; {glob: None} leaves the site alone.
+      overrides: {glob: {"weights": quantizer, "inputs": quantizer}}; a missing key
+        keeps the quantizer above, None is float; {glob: None} leaves the site alone.
         The last glob that matches counts.
       batches: a re-iterable of input tuples to calibrate with at once.
 
@@ -281,16 +281,22 @@ def _apply(rewriter, plan: Mapping[str, Pair], trained: str, observed: str):
             )
 
         def rule(site, op, x, w, state):
-            if state is None:
+            if site.name not in plan:
                 return op(x, w), None
-            q_w, q_x = plan[site.name]
             values = {"weights": w, "inputs": x}
-            quantizers = {"weights": q_w, "inputs": q_x}
             new = {}
-            for role, part in state.items():
-                q, value = quantizers[role], values[role]
+            for role, q in zip(values, plan[site.name], strict=True):
                 if q is None:
                     continue
+                if state is None or role not in state:
+                    raise errors.RefusedError(
+                        f"the quantizer of its {role} has no state.",
+                        path=site.name,
+                        operation="quantize.insert",
+                        remedy=f'Pass the collections "{trained}" and "{observed}" of '
+                        "the Model on with its variables.",
+                    )
+                part, value = state[role], values[role]
                 if observing and q.update is not None and not q.trained:
                     part = q.update(part or q.init(_spec(value)), value)
                     new[role] = part

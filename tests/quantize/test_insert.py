@@ -150,9 +150,13 @@ def test_quantizers_sit_right_before_the_product(quantized):
 
 
 def test_int8_is_close_and_fewer_bits_are_worse(model, packed):
-    """The contrast: error falls with bits; per-tensor weights are worse."""
+    """The contrast: error falls with every two or four bits."""
     x = batches(4)[3][0]
-    errs = [relative(model, ptq(batches(1), b)(model), x) for b in (2, 4)]
+    plain = observers.minmax()
+    errs = [
+        relative(model, ptq(batches(), b, weight_observer=plain)(model), x)
+        for b in ((2, 8), (4, 8))
+    ]
     errs.append(relative(model, packed, x))
     assert errs[2] < 0.02 and errs == sorted(errs, reverse=True)
     assert relative(model, insert(uniform(32))(model), x) < 1e-6
@@ -495,6 +499,31 @@ def test_a_quantizer_made_by_hand_works_but_cannot_be_replayed(model):
     np.testing.assert_allclose(q(x) - bias, (model(x) - bias) / 2, rtol=1e-5)
     with pytest.raises(errors.CheckpointError, match="made by hand"):
         replay(q.history[-1])
+
+
+def test_missing_states_are_an_error_not_a_float_network(quantized):
+    v = {k: x for k, x in quantized.variables.items() if k != "quantize_state"}
+    with pytest.raises(errors.RefusedError, match="quantize_state"):
+        quantized.apply_fn(v, batches()[0][0])
+
+
+def test_trained_quantizers_get_a_trained_collection(model):
+    """A learned gain stands for a learned step."""
+
+    def init(x, *, channel_axis=None):
+        return {"gain": jnp.ones(())}
+
+    learned = Quantizer(init, lambda s, x: s["gain"] * x, trained=True)
+    q = insert(learned, A8, where="head/**", batches=batches())(model)
+    assert q.trainable == ("params", "quantize")
+    state = q.variables["quantize"]["params/head/kernel"]
+    assert list(state) == ["weights"]
+    assert list(q.variables["quantize_state"]["params/head/kernel"]) == ["inputs"]
+    grads = jax.grad(
+        lambda t: jnp.sum(q.apply_fn({**q.variables, **t}, batches()[0][0]) ** 2)
+    )(q.select_trainable())
+    gain = grads["quantize"]["params/head/kernel"]["weights"]["gain"]
+    assert float(jnp.abs(gain)) > 0
 
 
 def test_shapes_alone_are_enough(model):

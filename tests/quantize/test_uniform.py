@@ -110,21 +110,21 @@ def test_gradient_is_one_inside_zero_outside_and_none_to_the_state():
     assert all(float(v) == 0 for v in gs.values())
 
 
-def test_per_channel_beats_per_tensor_on_badly_scaled_channels(key):
+def test_per_channel_beats_per_tensor_on_badly_scaled_channels():
     """The contrast: one channel a hundred times wider takes every code of a tensor."""
-    w = jax.random.normal(key, (3, 3, 8, 16)) * jnp.logspace(-2, 2, 16).reshape(
-        1, 1, 1, 16
-    )
+    rng = np.random.default_rng(0)
+    w = (rng.normal(size=(3, 3, 8, 16)) * np.logspace(-2, 2, 16)).astype(np.float32)
     q = uniform(8)
     tensor, channel = q.init(w), q.init(w, channel_axis=3)
     assert tensor["scale"].shape == () and channel["scale"].shape == (1, 1, 1, 16)
 
     def error(state):
-        return jnp.mean((q.apply(state, w) - w) ** 2, (0, 1, 2)) / jnp.var(w, (0, 1, 2))
+        y = np.asarray(q.apply(state, w))
+        return np.mean((y - w) ** 2, (0, 1, 2)) / np.var(w, (0, 1, 2))
 
-    assert float(jnp.max(error(channel))) < 1e-4
-    assert float(jnp.max(error(tensor))) > 0.9  # the small channels are all zero
-    assert float(jnp.sum(error(channel))) < float(jnp.sum(error(tensor)))
+    assert np.max(error(channel)) < 1e-4
+    assert np.max(error(tensor)) > 0.9  # the small channels are all zero
+    assert np.sum(error(channel)) < np.sum(error(tensor))
 
 
 def test_channel_axes_of_an_einsum_weight(key):
