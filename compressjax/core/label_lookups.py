@@ -38,27 +38,27 @@ def kind_of(ins: Sequence[Labels], eqn: Any = None) -> tuple[int, int]:
     return kind, leaf
 
 
-def index(e: Engine, v: Labels, index: Sequence[slice]) -> Labels:
+def index(e: Engine, v: Labels, cuts: Sequence[slice]) -> Labels:
     """Static strided slices, axis by axis."""
-    shape = tuple(len(range(n)[s]) for n, s in zip(v.shape, index, strict=True))
+    shape = tuple(len(range(n)[s]) for n, s in zip(v.shape, cuts, strict=True))
     axes: list[Any] = list(v.axes)
     for a, entry in enumerate(axes):
         if shape[a] == 1:
             if entry is not None and not isinstance(entry, int) and v.shape[a] != 1:
-                e.freeze(entry[index[a]], "is picked out by position")
+                e.freeze(entry[cuts[a]], "is picked out by position")
             axes[a] = UNIFORM if entry is not None else None
         elif entry is not None and not isinstance(entry, int):
-            axes[a] = entry[index[a]]
+            axes[a] = entry[cuts[a]]
     wide = []
     for block_axes, array in v.wide:
-        part = array[tuple(index[a] for a in block_axes)]
+        part = array[tuple(cuts[a] for a in block_axes)]
         entries, rest = blocks.settle(part, block_axes, VARYING)
         for a in block_axes:
             axes[a] = entries.get(a)
         wide += rest
     out = v.like(shape, axes, wide)
     if v.value is not None:
-        out.value = v.value[tuple(index)]
+        out.value = v.value[tuple(cuts)]
     return out
 
 
@@ -123,11 +123,11 @@ def keep_axes_taken(e, v: Labels, order, shape, axis: int, positions) -> Labels:
 def dynamic_slice(e: Engine, eqn: Any, ins: Sequence[Labels]) -> list[Labels]:
     v, starts, sizes = ins[0], ins[1:], eqn.params["slice_sizes"]
     if all(s.value is not None for s in starts):
-        index = []
+        cuts = []
         for n, size, s in zip(v.shape, sizes, starts, strict=True):
             at = int(np.clip(int(s.value), 0, n - size))  # type: ignore[arg-type]
-            index.append(slice(at, at + size))
-        return [index(e, v, index)]
+            cuts.append(slice(at, at + size))
+        return [index(e, v, cuts)]
     cut = [a for a, n in enumerate(v.shape) if sizes[a] != n]
     out = blocks.freeze_axes(e, v, cut, "is cut at a computed position")
     axes = [UNIFORM if n == 1 else a for a, n in zip(out.axes, sizes, strict=True)]

@@ -137,12 +137,14 @@ def _plain(e: Engine, v: Labels, dims: Sequence[int]) -> Labels:
     return v.like(v.shape, axes, wide)
 
 
-def _grouped(e: Engine, groups: int, n: int, inputs: Any, k_in: Any, outputs: Any):
+def _grouped(
+    e: Engine, groups: int, n: int, inputs: Any, k_in: Any, outputs: Any
+) -> Any:
     """A convolution in groups: in = out where depthwise, lanes or whole groups else."""
-    n_out = 1 if isinstance(outputs, int) else len(outputs)
-    if n_out == 1:
+    if isinstance(outputs, int):
         e.freeze(inputs, "meets a kernel without labels")
         return outputs
+    n_out = len(outputs)
     if groups == n:  # depthwise, with a multiplier
         if isinstance(inputs, int):
             if inputs != UNIFORM:

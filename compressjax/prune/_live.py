@@ -126,7 +126,8 @@ def spread(array: np.ndarray, axes: Sequence[int], over: Sequence[int]) -> np.nd
     return array.reshape([sizes.get(a, 1) for a in over])
 
 
-def scalar(value: Any, dtype: Any) -> np.generic:
+def scalar(value: Any, dtype: Any) -> Any:
+    """A numpy scalar."""
     return np.asarray(value).astype(dtype)[()]
 
 
@@ -136,7 +137,7 @@ def plain(data: Any) -> Live:
 
 def from_constant(value: Any) -> Live:
     """A constant of the jaxpr: scalars and small integers are known."""
-    if trace.is_tracer(value) or jax.dtypes.issubdtype(
+    if trace.is_tracer(value) or jnp.issubdtype(
         getattr(value, "dtype", np.float32), jax.dtypes.extended
     ):
         return plain(value)
@@ -255,7 +256,7 @@ def factors(keep: np.ndarray) -> list[tuple[tuple[int, ...], np.ndarray]]:
         return out
     left = list(range(keep.ndim))
     found: list[tuple[tuple[int, ...], np.ndarray]] = []
-    rest = keep
+    rest: Any = keep
     for a in range(keep.ndim):
         if len(left) == 1:
             break

@@ -40,7 +40,7 @@ CONSTANTS: dict[str, Callable[..., Any]] = {
     "copy_p": lambda x: x,
     "cos": np.cos,
     "cosh": np.cosh,
-    "div": lambda a, b: a / b if np.asarray(a).dtype.kind not in "iub" else a // b,
+    "div": np.divide,
     "eq": np.equal,
     "erf": _erf,
     "erfc": lambda x: 1.0 - _erf(x),
@@ -89,7 +89,7 @@ def constant_result(eqn: Any, values: Sequence[Any], dtype: Any) -> Any:
             out = np.power(np.asarray(values[0], np.float64), eqn.params["y"])
         elif name == "select_n":
             out = values[1 + int(values[0])]
-        elif name in CONSTANTS:
+        elif name in CONSTANTS and not (name == "div" and np.dtype(dtype).kind in "iu"):
             wide = [
                 np.asarray(v, np.float64) if np.dtype(dtype).kind not in "iub" else v
                 for v in values

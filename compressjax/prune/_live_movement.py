@@ -189,10 +189,10 @@ def transpose(eqn: Any, ins: Sequence[Live]) -> list[Live]:
     return [rename(v, order, [v.shape[a] for a in order])]
 
 
-def index(v: Live, index: Sequence[slice]) -> Live:
+def index(v: Live, cuts: Sequence[slice]) -> Live:
     """Static slices (any stride), axis by axis."""
-    shape = tuple(len(range(n)[s]) for n, s in zip(v.shape, index, strict=True))
-    cut = [a for a in range(v.ndim) if index[a] != slice(None)]
+    shape = tuple(len(range(n)[s]) for n, s in zip(v.shape, cuts, strict=True))
+    cut = [a for a in range(v.ndim) if cuts[a] != slice(None)]
     units = v.units()
     idx: dict[int, np.ndarray] = {}
     keeps: dict[tuple[int, ...], np.ndarray] = {}
@@ -204,7 +204,7 @@ def index(v: Live, index: Sequence[slice]) -> Live:
         keep = v.keep_of(u)
         number = np.full(keep.shape, -1)
         number[keep] = np.arange(int(keep.sum()))
-        part = tuple(index[a] for a in u)
+        part = tuple(cuts[a] for a in u)
         keeps[u] = keep[part]
         idx[i] = number[part][keeps[u]]
 
@@ -218,7 +218,7 @@ def index(v: Live, index: Sequence[slice]) -> Live:
         Dead(d.axes, keeps.get(d.axes, d.keep), map_rep(d, move).rep) for d in v.dead
     ]
     uniform = {a for a in v.uniform if shape[a] != 1}
-    known = None if v.known is None else v.known[tuple(index)]
+    known = None if v.known is None else v.known[tuple(cuts)]
     out = unpack(Live(move(v.data), shape, dead, uniform, v.const))
     out.known = known
     return out

@@ -36,7 +36,7 @@ def reduction(kind: str) -> Callable[[Any, Sequence[Live]], list[Live]]:
         out_dtype = eqn.outvars[0].aval.dtype
         broken = [d for d in v.dead if 0 < len(gone & set(d.axes)) < len(d.axes)]
         v = expand(v, [a for d in broken for a in d.axes])
-        v = spell_out(v, gone)
+        v = spell_out(v, sorted(gone))
         inside = [d for d in v.dead if d.axes[0] in gone]
         outside = [d for d in v.dead if d.axes[0] not in gone]
         if any(d.rep is None for d in inside) or sum(not d.is_zero for d in inside) > 1:
@@ -176,7 +176,7 @@ def dot_general(eqn: Any, ins: Sequence[Live]) -> list[Live]:
         if len(group) > 1 and (list(la) != sorted(la) or list(ra) != sorted(ra)):
             raise NeedFull
         keep = left.keep_of(la) & right.keep_of(ra)
-        which = names[group[0]][0]
+        which = names[min(group)][0]
         if which == "c" and not keep.all():
             if not _zero_covered(left, right, la, ra, keep):
                 raise NeedFull
@@ -265,6 +265,8 @@ def _plan_groups(x: Live, w: Live, c_in: int, k_in: int, k_out: int, groups: int
     None if the live groups are not equally wide, or something left out is not zero.
     """
     keep_i, zero_i = w.keep_of([k_in]), w.zero_at([k_in])
+    keep_x: Any
+    keep_o: Any
     keep_x = x.keep_of([c_in]).reshape(groups, -1)
     zero_x = x.zero_at([c_in]).reshape(groups, -1)
     keep_o = w.keep_of([k_out]).reshape(groups, -1)
@@ -276,7 +278,7 @@ def _plan_groups(x: Live, w: Live, c_in: int, k_in: int, k_out: int, groups: int
             keep_o.ravel(),
             1,
         )
-    lanes = keep_x & keep_i
+    lanes: Any = keep_x & keep_i
     common = lanes[alive][0]
     if (lanes[alive] != common).any():
         return None

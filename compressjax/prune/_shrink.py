@@ -142,15 +142,17 @@ def _updates(tree: Any, kwargs: Mapping[str, Any]) -> dict[int, str]:
 
 def _update(v: Live, axes: Mapping[int, np.ndarray]) -> Any:
     """New statistics at the size of the variable they replace."""
-    for d in v.dead:
-        if len(d.axes) > 1 or not (axes.get(d.axes[0], True) | d.keep).all():
-            v = plain(full(v))
-            break
-        if not (axes.get(d.axes[0], np.ones_like(d.keep)) <= d.keep).all():
-            v = plain(full(v))
-            break
+    if any(not (wanted_of(d, axes) <= d.keep).all() for d in v.dead):
+        v = plain(full(v))
     v = spell_out(v)
     arr, units = v.data, v.units()
     for axis, keep in axes.items():
         arr, units = merge_units(v, arr, units, (axis,), keep)
     return arr
+
+
+def wanted_of(d: Dead, axes: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Which entries of a dead block the variable holds: all, unless it is cut there."""
+    if len(d.axes) == 1 and min(d.axes) in axes:
+        return axes[min(d.axes)]
+    return np.ones_like(d.keep)
