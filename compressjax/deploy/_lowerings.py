@@ -8,6 +8,8 @@ A lowering is a name, ``form[/images][:carrier]``; `tune` times them and keeps o
     rows        the taps of one row side by side, one dot a row, added
     taps        one dot a tap, added
     pixels      one dot an output pixel, over the taps that meet no padding (small maps)
+    tiles2      two neighbour pixels at a time: less to copy, twice the columns of the dot,
+                a quarter of its weights zero (few channels)
     shifts      depthwise: multiply and add shifted maps
     fft         depthwise with large kernels, by the convolution theorem (float only)
     /n          n images at a time, so that the patches stay in the cache
@@ -268,6 +270,40 @@ def _pixels(conv: Conv, x: Any, w: Any, dot: Dot) -> Any:
     return jnp.stack(pixels, 1).reshape(x.shape[0], *out, w.shape[-1])
 
 
+def _tiles2(conv: Conv, x: Any, w: Any, dot: Dot) -> Any:
+    *taps, i, o = w.shape
+    out = _valid(conv, x.shape[1:-1], taps)
+    k, n_tiles = taps[-1], out[-1] // 2
+    if not _can_tile(conv, taps, out):
+        return _im2col(conv, x, w, dot)
+    n, *rows, _, c = x.shape
+    more = 2 * (n_tiles + 1) - x.shape[-2]
+    x = lax.pad(
+        x, np.zeros((), x.dtype), [(0, 0, 0)] * (x.ndim - 2) + [(0, more, 0), (0, 0, 0)]
+    )
+    x = x.reshape(n, *rows, n_tiles + 1, 2 * c)
+    parts = []
+    for tap in np.ndindex(*taps[:-1]):
+        start = (0, *tap, 0, 0)
+        stop = (n, *(t + m for t, m in zip(tap, out[:-1], strict=True)), n_tiles, 2 * c)
+        parts.append(lax.slice(x, start, stop))
+        start = (0, *tap, 1, 0)
+        stop = (*stop[:-2], n_tiles + 1, (k - 1) * c)
+        parts.append(lax.slice(x, start, stop))
+    a = lax.concatenate(parts, x.ndim - 1)
+    width = [(0, 0)] * (w.ndim - 3)
+    both = jnp.stack(
+        [jnp.pad(w, [*width, (u, 1 - u), (0, 0), (0, 0)]) for u in range(2)], -2
+    )
+    y = dot(a.reshape(-1, a.shape[-1]), both.reshape(-1, 2 * o))
+    return y.reshape(n, *out, o)
+
+
+def _can_tile(conv: Conv, taps: Sequence[int], out: Sequence[int]) -> bool:
+    plain = set(conv.strides) == set(conv.w_dilation) == {1} and conv.groups == 1
+    return plain and 2 <= taps[-1] <= 3 and out[-1] % 2 == 0
+
+
 def _shifts(conv: Conv, x: Any, w: Any, multiply: Dot) -> Any:
     taps = w.shape[:-2]
     out = _valid(conv, x.shape[1:-1], taps)
@@ -313,6 +349,7 @@ _FORMS = {
     "im2col2": _im2col2,
     "rows": _rows,
     "taps": _taps,
+    "tiles2": _tiles2,
     "shifts": _shifts,
     "fft": _fft,
 }
@@ -554,7 +591,7 @@ def candidates(
             names.append("im2col:int8")
             if parts <= 4:
                 names += [f"im2col:late-bfloat16{cut}", f"im2col:late-float32{cut}"]
-        elif form in ("im2col2", "pixels"):
+        elif form in ("im2col2", "pixels", "tiles2"):
             names += [f"{form}:int8"] if form != "pixels" or not fill else []
             names += [f"{form}:late-bfloat16{cut}"] if parts <= 4 else []
         elif form == "rows" or form.startswith("im2col/"):
@@ -595,6 +632,8 @@ def _conv_forms(
         forms += ["im2col2", "rows"]
     if 1 < n_taps <= 9 and i >= 16:
         forms.append("taps")
+    if i <= 32 and _can_tile(conv, taps, out):
+        forms.append("tiles2")
     if 1 < n_taps and pixels <= 16 and set(conv.x_dilation) == {1}:
         forms.append("pixels")
     images = 2**20 // max(1, pixels * n_taps * channels * x.dtype.itemsize)

@@ -419,3 +419,49 @@ def test_works_inside_transformations(chain):
     np.testing.assert_array_equal(np.asarray(one), wanted)
     scanned = jax.lax.map(lambda a: packed(a[None])[0], x)
     np.testing.assert_array_equal(np.asarray(scanned), wanted)
+
+
+def test_same_answers_on_a_trained_network():
+    """Handwritten digits: the packed network answers as the fake-quantized one."""
+    import optax
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    x = (digits.images[..., None] / 16).astype(np.float32)
+    y = digits.target.astype(np.int32)
+    net = cj.models.cifar_resnet("resnet8", width=8, zero_gamma=False)
+    variables = jax.jit(net.init)(jax.random.key(0), x[:1])
+    optimizer = optax.adam(3e-3)
+
+    def step(carry, key):
+        variables, state = carry
+        rows = jax.random.randint(key, (64,), 0, 900)
+
+        def loss(params):
+            out, updates = net.apply(
+                {**variables, "params": params},
+                jnp.asarray(x)[rows],
+                train=True,
+                mutable=["batch_stats"],
+            )
+            wanted = jnp.asarray(y)[rows]
+            return optax.losses.softmax_cross_entropy_with_integer_labels(
+                out, wanted
+            ).mean(), updates
+
+        grads, updates = jax.grad(loss, has_aux=True)(variables["params"])
+        change, state = optimizer.update(grads, state)
+        params = optax.apply_updates(variables["params"], change)
+        return ({"params": params, **updates}, state), None
+
+    carry = (variables, optimizer.init(variables["params"]))
+    keys = jax.random.split(jax.random.key(1), 60)
+    (variables, _), _ = jax.jit(lambda c, k: jax.lax.scan(step, c, k))(carry, keys)
+    model = cj.from_linen(net, variables, x[:1])
+    fake = cj.quantize.ptq([(x[:256],)])(model)
+    packed = cj.deploy.integer(tune=False)(fake)
+    test, wanted = x[900:], y[900:]
+    a = np.asarray(jax.jit(fake.apply_fn)(fake.variables, test)).argmax(-1)
+    b = np.asarray(packed(test)).argmax(-1)
+    assert np.mean(a == wanted) > 0.8
+    assert np.mean(a == b) >= 0.999

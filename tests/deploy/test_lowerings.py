@@ -12,7 +12,7 @@ from compressjax.core import errors
 from compressjax.deploy import _choices, _lowerings, _tune
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-FORMS = ("im2col", "im2col2", "rows", "taps", "pixels", "im2col/2")
+FORMS = ("im2col", "im2col2", "rows", "taps", "pixels", "im2col/2", "tiles2")
 CASES = {
     "3x3": (dict(), (2, 4, 4, 3), (3, 3, 3, 5), NHWC),
     "stride": (dict(window_strides=(2, 1)), (4, 6, 5, 2), (3, 2, 2, 4), NHWC),
@@ -87,9 +87,9 @@ def test_code_lowerings_give_the_same_integers(case, zero):
         if dn[0] == "NCHW":
             sums = sums.reshape(1, -1, 1, 1)
         names = [f"{f}:{c}" for f, c in zip(
-            ("conv", "im2col", "im2col", "im2col2", "rows", "taps", "im2col/1"),
+            ("conv", "im2col", "im2col", "im2col2", "rows", "taps", "im2col/1", "tiles2"),
             ("int8", "int8", "late-bfloat16", "bfloat16x3", "int8",
-             "late-float32x2", "late-bfloat16"),
+             "late-float32x2", "late-bfloat16", "int8"),
             strict=True,
         )]  # fmt: skip
         if case != "transposed":
