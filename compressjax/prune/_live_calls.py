@@ -18,7 +18,6 @@ from compressjax.prune._live import (
     Dead,
     Live,
     expand,
-    fillable,
     full,
     is_array,
     merge_units,
@@ -227,19 +226,31 @@ def _has_array_rep(v: Live) -> bool:
     return any(is_array(d.rep) or d.rep is None for d in v.dead)
 
 
-def _settle_carry(v: Live, out: Live) -> Live | None:
-    """What a carry must look like to hold both; None if it must be full."""
-    same = len(v.dead) == len(out.dead) and all(
-        a.axes == b.axes and (a.keep == b.keep).all()
-        for a, b in zip(v.dead, out.dead, strict=True)
+def _settled(v: Live, out: Live) -> bool:
+    """Can a carry keep its form? One without dead entries can always be filled in."""
+    return not v.dead or (
+        len(v.dead) == len(out.dead)
+        and all(
+            a.axes == b.axes and (a.keep == b.keep).all() and _equal(a.rep, b.rep)
+            for a, b in zip(v.dead, out.dead, strict=True)
+        )
     )
-    if not same or not all(
-        d.rep is not None and not is_array(d.rep) for d in (*v.dead, *out.dead)
-    ):
-        return None
-    if any(a.rep != b.rep for a, b in zip(v.dead, out.dead, strict=True)):
-        return None
-    return v
+
+
+def _equal(a: Any, b: Any) -> bool:
+    constants = all(r is not None and not is_array(r) for r in (a, b))
+    return constants and bool(a == b)
+
+
+def _start_small(v: Live, out: Live) -> Live:
+    """A constant first carry (the zeros of a cell), dead where its successor is."""
+    if v.dead or v.const is None or not out.dead:
+        return v
+    arr, units = v.data, v.units()
+    for d in out.dead:
+        arr, units = merge_units(v, arr, units, d.axes, d.keep)
+    dead = [Dead(d.axes, d.keep, v.const) for d in out.dead]
+    return Live(arr, v.shape, dead)
 
 
 def scan(eqn: Any, ins: Sequence[Live]) -> list[Live]:
@@ -262,23 +273,20 @@ def scan(eqn: Any, ins: Sequence[Live]) -> list[Live]:
         return evaluate(body, body_consts, [*consts.rebuild(consts_), *states, *layers])
 
     def probe(consts_: Any, carry_: Any, xs_: Any) -> Any:
-        outs[:] = [
-            v if fillable(v) else plain(full(v)) for v in run(consts_, carry_, xs_)
-        ]
+        outs[:] = run(consts_, carry_, xs_)
         return [v.data for v in outs]
 
-    for _ in range(nk + 2):
+    for attempt in range(nk + 2):
         layer_specs = [jax.ShapeDtypeStruct(v.data.shape[1:], v.data.dtype) for v in xs]
         jax.eval_shape(probe, consts.arrays(), [v.data for v in carry], layer_specs)
-        settled = [
-            _settle_carry(v, spell_like(o))
-            for v, o in zip(carry, outs[:nk], strict=True)
-        ]
-        if all(s is not None for s in settled):
+        pairs = list(zip(carry, outs[:nk], strict=True))
+        small = [_start_small(v, o) for v, o in pairs] if attempt == 0 else carry
+        started = any(a is not b for a, b in zip(small, carry, strict=True))
+        if not started and all(_settled(v, o) for v, o in pairs):
             break
         carry = [
-            v if s is not None else plain(full(v))
-            for v, s in zip(carry, settled, strict=True)
+            new if new is not v or _settled(v, o) else plain(full(v))
+            for new, (v, o) in zip(small, pairs, strict=True)
         ]
     ys_like: list[Live] = []
 
@@ -313,12 +321,6 @@ def scan(eqn: Any, ins: Sequence[Live]) -> list[Live]:
         for v, a in zip(ys_like, ys, strict=True)
     ]
     return [*carried, *stacked]
-
-
-def spell_like(v: Live) -> Live:
-    """Structure only: uniform axes count as spelled out."""
-    out = Live(v.data, v.shape, v.dead)
-    return out
 
 
 def _stacked(v: Live) -> Live:

@@ -536,3 +536,23 @@ def mixer(rng):
         return (x + y).mean(1) @ p["head"]
 
     return apply, p, image(rng)
+
+
+@net
+def recurrent_cell(rng):
+    """A gated cell: its state starts at zeros, and is as narrow as its weights."""
+    p = {"x": weight(rng, 3, 12), "h": weight(rng, 4, 12), "head": weight(rng, 4, 5)}
+
+    def apply(v, x):
+        p = v["params"]
+
+        def cell(h, x):
+            gate = jax.nn.sigmoid((x @ p["x"])[:, :4] + (h @ p["h"])[:, :4])
+            new = jnp.tanh((x @ p["x"])[:, 4:8] + gate * (h @ p["h"])[:, 8:])
+            h = (1 - gate) * new + gate * h
+            return h, h
+
+        h, seen = lax.scan(cell, jnp.zeros((x.shape[1], 4)), x)
+        return (h + seen.sum(0)) @ p["head"]
+
+    return apply, p, jnp.asarray(rng.normal(size=(5, 2, 3)))

@@ -36,6 +36,7 @@ EXPECTED = {
     "sinusoidal_positions_before_norm": ([8], None),
     "custom_derivatives": ([8, 6], None),
     "mixer": ([6, 4], None),
+    "recurrent_cell": ([4, 4, 4], None),
 }
 CASES = [(name, {}) for name in NETS] + [
     (name, {"attention": "dims", "grouped": "groups"})
@@ -135,6 +136,18 @@ def test_nothing_runs_at_full_width():
         assert kernels and set(kernels) <= live
         used = {e.primitive.name for e in program.jaxpr.eqns}
         assert "gather" not in used and "scatter" not in used
+
+
+@pytest.mark.parametrize("name", ["scan_of_blocks", "recurrent_cell"])
+def test_the_state_of_a_scan_is_narrow(name):
+    """One dead channel of the state: the carry has one entry less."""
+    apply, params, x = NETS[name](np.random.default_rng(0))
+    model = law.model_of(apply, params, x)
+    group = law.prunable(model)[0]
+    small = prune.shrink({group: np.arange(group.size) > 0})(model)
+    program = jax.make_jaxpr(small.apply_fn)(small.variables, x)
+    (scan,) = (e for e in program.jaxpr.eqns if e.primitive.name == "scan")
+    assert scan.outvars[0].aval.shape[-1] == group.size - 1
 
 
 RESULTS: list[dict] = []
