@@ -10,7 +10,6 @@ import hashlib
 import os
 import pathlib
 import tempfile
-import time
 import zipfile
 from collections.abc import Iterator
 from typing import Any
@@ -182,13 +181,18 @@ def _cache_dir(config: configs.Config) -> pathlib.Path:
 def _digits(config: configs.Config) -> str:
     """The directory that holds the embedded set, written there if need be."""
     where = _cache_dir(config) / "tfds"
-    if not any(where.glob("digits/*/dataset_info.json")):
+
+    def is_there() -> bool:
+        return any(where.glob("digits/*/dataset_info.json"))
+
+    if not is_there():
         from train import digits
 
-        if config.hosts.index == 0:
+        try:
             digits.prepare(str(where))
-        while not any(where.glob("digits/*/dataset_info.json")):
-            time.sleep(0.2)
+        except OSError:  # another process came first
+            if not is_there():
+                raise
     return str(where)
 
 
