@@ -2,8 +2,9 @@
 
     python benchmarks/analysis.py [--repeat 3]
 
-Variables are ShapeDtypeStructs, so no weights are made. Each network is traced for the
+Variables are ShapeDtypeStructs, so no weights are made. Each network is analysed for the
 first time in a process of its own (cold); `warm` is the best of the repeats after that.
+`cpu` is the processor time of the cold run, which a busy machine does not stretch.
 """
 
 import argparse
@@ -27,7 +28,6 @@ def analyse(name: str, repeat: int) -> dict:
     import numpy as np
 
     from compressjax import models, prune
-    from compressjax.core import trace
     from compressjax.core.model import Model
 
     family, variant, side = NETWORKS[name]
@@ -42,23 +42,22 @@ def analyse(name: str, repeat: int) -> dict:
             return module.apply(v, x)
 
         model = Model(apply_fn, variables, (x,))
-        t0 = time.perf_counter()
-        trace.trace_model(model)
+        cpu, t0 = time.process_time(), time.perf_counter()
+        found = prune.groups(model)  # traces
         t1 = time.perf_counter()
-        found = prune.groups(model)
-        t2 = time.perf_counter()
         keep = {g: np.arange(g.size) < -(-g.size // 2) for g in found if g.prunable}
         small = prune.shrink(keep)(model)
-        t3 = time.perf_counter()
+        t2 = time.perf_counter()
+        cpu = time.process_time() - cpu
         sizes = [
             sum(int(np.prod(v.shape)) for v in jax.tree.leaves(m.variables["params"]))
             for m in (model, small)
         ]
         return {
-            "trace": t1 - t0,
-            "groups": t2 - t1,  # traces again
-            "shrink": t3 - t2,
-            "total": t3 - t1,
+            "groups": t1 - t0,
+            "shrink": t2 - t1,
+            "total": t2 - t0,
+            "cpu": cpu,
             "prunable": len(keep),
             "parameters": sizes,
         }
@@ -77,8 +76,8 @@ def main() -> None:
         print(json.dumps(analyse(args.network, args.repeat)))
         return
     print(
-        f"{'network':<12} {'cold total':>10} {'(trace':>8} {'labels':>7} {'shrink)':>8}"
-        f" {'warm':>6} {'groups':>7} {'parameters':>24}"
+        f"{'network':<12} {'cold':>7} {'= groups':>9} {'+ shrink':>9} {'cpu':>7}"
+        f" {'warm':>7} {'groups':>7} {'parameters':>26}"
     )
     for name in NETWORKS:
         command = [sys.executable, __file__, "--network", name]
@@ -86,14 +85,11 @@ def main() -> None:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         result = json.loads(done.stdout.strip().splitlines()[-1])
         cold, warm = result["cold"], result["warm"]
-        # groups() traces once itself; the first, cold trace is what it would have paid.
-        labels = warm["groups"] - warm["trace"]
-        total = cold["trace"] + labels + cold["shrink"]
         before, after = cold["parameters"]
         print(
-            f"{name:<12} {total:>9.2f}s {cold['trace']:>7.2f}s {labels:>6.2f}s"
-            f" {cold['shrink']:>7.3f}s {warm['total']:>5.2f}s {cold['prunable']:>7}"
-            f" {before:>12,} -> {after:>10,}"
+            f"{name:<12} {cold['total']:>6.2f}s {cold['groups']:>8.2f}s"
+            f" {cold['shrink']:>8.3f}s {cold['cpu']:>6.2f}s {warm['total']:>6.2f}s"
+            f" {cold['prunable']:>7} {before:>12,} -> {after:>10,}"
         )
 
 
