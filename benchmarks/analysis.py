@@ -2,7 +2,7 @@
 
     python benchmarks/analysis.py [--repeat 3]
 
-Variables are ShapeDtypeStructs, so no weights are made. Each network is analysed for the
+Variables are ShapeDtypeStructs, so no weights are made. Each network is analysed the
 first time in a process of its own (cold); `warm` is the best of the repeats after that.
 `cpu` is the processor time of the cold run, which a busy machine does not stretch.
 """
