@@ -13,11 +13,13 @@ ReLU is a higher `lo`; max-pooling commutes with all of it. Sums of several such
 (residuals, averages) are int32 fixed point, value = u v with one power of two u chosen
 so that the worst case stays under 2^30:
 
-    v = rint(float32(acc + b) * (s_x s_c / u)),     q_y = clip(rint(float32(v) * (u / s_y)) + z_y)
+    v   = rint(float32(acc + b) * (s_x s_c / u))
+    q_y = clip(rint(float32(v) * (u / s_y)) + z_y, lo, hi)
 
-Every product above is one float32 rounding, followed by rint: no compiler can fuse
-what would change it, so NumPy gives the same integers. Whatever is neither becomes
-float32 again, and the report says which sites stayed float.
+The worst case of a site is max over c of (sum |v_c| max |q - z| s_x s_c + |bias_c|), of
+a sum the sum of the worst cases. Every product above is one float32 rounding, followed
+by rint: no compiler can fuse what would change it, so NumPy gives the same integers.
+Whatever is neither becomes float32 again, and the report says which sites stayed float.
 
 Papers: Jacob et al., CVPR 2018, arXiv 1712.05877.
 Differs: a float32 multiplier, not an integer multiplier and a shift; residual sums keep
@@ -54,9 +56,9 @@ WEIGHTS, CONSTANTS = "integer", "requantization"
 _LIMIT = 2.0**30
 
 _ELEMENTWISE = frozenset(
-    "add sub mul div max min neg abs exp log sqrt rsqrt integer_pow pow sign round floor"
-    " ceil tanh logistic square select_n eq ne lt le gt ge and or not clamp is_finite"
-    " convert_element_type stop_gradient copy erf expm1 log1p".split()
+    "add sub mul div max min neg abs exp log sqrt rsqrt integer_pow pow sign round"
+    " floor ceil tanh logistic square select_n eq ne lt le gt ge and or not clamp"
+    " is_finite convert_element_type stop_gradient copy erf expm1 log1p".split()
 )
 _LAYOUT = frozenset(
     ("reshape", "transpose", "squeeze", "slice", "rev", "copy", "split")
@@ -95,12 +97,12 @@ def integer(
     """A transform that packs a fake-quantized network into integer arithmetic.
 
     Args:
-      tune: time the lowerings of each site here and now and keep the fastest. False: use
-        `choices`, and im2col for the sites that are not there.
+      tune: time the lowerings of each site here and now and keep the fastest, unless
+        `choices` has one. False: im2col for the sites that are not in `choices`.
       choices: {site name: [[size of x, lowering], ...]}, as `deploy.tune` and a former
         `deploy.integer` store it in their Step.
-      batch_sizes: batch sizes to tune for; default that of the Model's inputs. Any other
-        one takes the choices of the nearest.
+      batch_sizes: batch sizes to tune for; default that of the Model's inputs. Any
+        other one takes the choices of the nearest.
       plan: what an earlier packing of the same network found; `deploy.load` gives it.
 
     Returns:
@@ -120,8 +122,10 @@ def integer(
     ...     lambda p, x: fq(x, 0.5, 0.0, -128, 127) @ fq(p["w"], 0.25, 0.0, -127, 127),
     ...     {"w": jnp.array([[0.5], [-1.0]])}, jnp.ones((1, 2)))
     >>> packed = cj.deploy.integer(tune=False)(m)
-    >>> packed.variables["integer"]["w"].tolist(), packed(jnp.array([[3.0, 1.0]])).tolist()
-    ([[2], [-4]], [[0.5]])
+    >>> packed.variables["integer"]["w"].tolist()
+    [[2], [-4]]
+    >>> packed(jnp.array([[3.0, 1.0]])).tolist()
+    [[0.5]]
     """
 
     def transform(model: Model) -> Model:
@@ -262,7 +266,7 @@ class _Program:
 
     @classmethod
     def of(cls, trace: tracing.Trace, trainable: Sequence[str]) -> "_Program":
-        jaxpr = tracing.inline(trace.jaxpr, keep=(straight_through.MARKER,))
+        jaxpr = tracing.inline(trace, keep=(straight_through.MARKER,))
         found = finding.find(dataclasses.replace(trace, jaxpr=jaxpr), trainable)
         sites = {k[0]: s for k, s in found.by_key.items() if len(k) == 1}
         eqns = jaxpr.jaxpr.eqns
@@ -406,7 +410,7 @@ class _Walk:
     def floats(self, eqn: tracing.Equation, ins: Sequence[Any]) -> list[Any]:
         """The operands as the float arrays that the equation was written for."""
         return [
-            self.as_float(x).astype(a.aval.dtype)
+            self.as_float(x).astype(_spec(a.aval).dtype)
             if isinstance(x, Quantized)
             else self.as_float(x)
             for x, a in zip(ins, eqn.invars, strict=True)
@@ -465,7 +469,7 @@ class _Walk:
             acc_bound=None if x.acc_bound is None else x.acc_bound + bias,
         )
 
-    def fixed(self, x: Quantized, unit: float | None) -> Any:
+    def fixed(self, x: Quantized, unit: Any) -> Any:
         """int32 v with value = unit v; unit is known while packing."""
 
         def ratio(of):
@@ -697,7 +701,7 @@ class _Walk:
         return Sums(
             y,
             site.name,
-            scale=np.full(one, np.float64(a.scale) * b.scale) if known else None,
+            scale=np.full(one, np.multiply(a.scale, b.scale)) if known else None,
             acc_bound=np.full(
                 one,
                 float(k)
@@ -832,7 +836,7 @@ class _Walk:
             return new
         return None
 
-    def concrete(self, known: Known) -> np.ndarray | None:
+    def concrete(self, known: Known) -> Any:
         """While packing, the value with size 1 where it does not vary."""
         raise NotImplementedError
 
@@ -955,7 +959,8 @@ def _known(eqn: tracing.Equation, ins: list[Known]) -> list[Known]:
     """An equation on values that depend on variables only."""
     name = eqn.primitive.name
     static = all(x.static for x in ins)
-    specs = [(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+    avals: list[Any] = [v.aval for v in eqn.outvars]
+    specs = [(a.shape, a.dtype) for a in avals]
 
     def compact(leaves: Leaves) -> list[Any]:
         values = [leaves.of(x) for x in ins]

@@ -52,10 +52,8 @@ def load(path: str | os.PathLike[str], model: Model | None = None) -> Model:
         arrays are not read). Not needed for our own networks.
 
     Raises:
-      CheckpointError: a file is missing, truncated or altered (it is named); the network
-        cannot be rebuilt without `model`; or `model` is another one.
-
-    Paper: none.
+      CheckpointError: a file is missing, truncated or altered (it is named); the
+        network cannot be rebuilt without `model`; or `model` is another one.
     """
     path = pathlib.Path(path)
     manifest = _manifest(path)

@@ -8,8 +8,8 @@ A lowering is a name, ``form[/images][:carrier]``; `tune` times them and keeps o
     rows        the taps of one row side by side, one dot a row, added
     taps        one dot a tap, added
     pixels      one dot an output pixel, over the taps that meet no padding (small maps)
-    tiles2      two neighbour pixels at a time: less to copy, twice the columns of the dot,
-                a quarter of its weights zero (few channels)
+    tiles2      two neighbour pixels at a time: less to copy, twice the columns of the
+                dot, a quarter of its weights zero (few channels)
     shifts      depthwise: multiply and add shifted maps
     fft         depthwise with large kernels, by the convolution theorem (float only)
     /n          n images at a time, so that the patches stay in the cache
@@ -125,14 +125,21 @@ Dot = Callable[[jax.Array, jax.Array], jax.Array]
 def stored(compute: Callable[[], Any], witness: Any) -> Any:
     """`compute()`, written to memory before anybody reads it.
 
-    XLA on CPU drops optimization barriers before it fuses, and then does the elementwise
-    work before an im2col again for each tap. The branch of a conditional is not fused
-    with its readers; its condition is true whatever the witness holds, but only the
-    running program knows: x * 0 is 0 or NaN, never 1.
+    XLA on CPU drops optimization barriers before it fuses, and then does the
+    elementwise work before an im2col again for each tap. The branch of a conditional
+    is not fused with its readers; its condition is true whatever the witness holds, but
+    only the running program knows: x * 0 is 0 or NaN, never 1.
     """
     spec = jax.eval_shape(compute)
     one = witness.reshape(-1)[0].astype(jnp.float32)
-    return lax.cond(one * 0 != 1, compute, lambda: jnp.zeros(spec.shape, spec.dtype))
+
+    def never():
+        zeros = jnp.zeros(spec.shape, spec.dtype)
+        # Under shard_map both branches must vary over the same mesh axes.
+        varying = getattr(getattr(spec, "manual_axis_type", None), "varying", ())
+        return lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
+
+    return lax.cond(one * 0 != 1, compute, never)
 
 
 def _channels_last(conv: Conv, x: Any, w: Any) -> tuple[Any, Any]:

@@ -37,8 +37,6 @@ def save(path: str | os.PathLike[str], model: Model) -> None:
     Raises:
       UnsupportedError: if a variable is not a numeric array, or an input is not an
         array alone.
-
-    Paper: none.
     """
     path = pathlib.Path(os.path.abspath(path))
     arrays = {}

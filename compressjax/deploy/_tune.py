@@ -40,8 +40,8 @@ def tune(
       choices: {site name: [[size of x, lowering], ...]}: nothing is timed, and a site
         that is not there keeps XLA's own operation. A former `tune` stored it in the
         settings of its Step.
-      batch_sizes: batch sizes to time; default that of the Model's inputs. Any other one
-        takes the choice of the nearest.
+      batch_sizes: batch sizes to time; default that of the Model's inputs. Any other
+        one takes the choice of the nearest.
       backward: time the gradients of both operands too, for training.
 
     Returns:
@@ -61,7 +61,7 @@ def tune(
     def transform(model: Model) -> Model:
         rewriter = rewrite.Rewriter(model, where)
         if choices is not None:
-            table = _choices.check(choices, rewriter.names)
+            table = _choices.check(choices, sorted(rewriter.names))
         else:
             table = {}
             timed: dict[Any, str] = {}
@@ -125,7 +125,7 @@ def pick_float(site: Any, *, backward: bool = False) -> str:
         if name == "conv":
             y = jax.lax.conv_general_dilated(
                 *((x, w) if site.weight_side else (w, x)),
-                **{k: v for k, v in _call(site.params).items()},
+                **_call(site.params),
             )
         else:
             y = _lowerings.float_product(name, site.primitive, site.params, x, w)

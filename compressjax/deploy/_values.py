@@ -12,7 +12,7 @@ it runs, whatever was computed from them is read from the variables.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -71,7 +71,7 @@ class Codes:
     zero: int
     lo: int
     hi: int
-    scale: float | None = None  # pack only
+    scale: Any = None  # pack only, float
 
     @property
     def bound(self) -> float:
@@ -90,12 +90,12 @@ class Sums:
     site: str
     offset: jax.Array | None = None  # of a zero point that the accumulator contains
     low: bool = False  # a ReLU
-    high: float | None = None
+    high: Any = None  # float
     later: tuple[Any, ...] = ()  # equations that commute with rounding: pools, moves
     bias_key: str | None = None  # of the bias among the variables
-    scale: np.ndarray | None = None  # pack only, float64
-    bias: np.ndarray | None = None  # pack only, float64, in units of value
-    acc_bound: np.ndarray | None = None  # pack only: largest |acc - offset|
+    scale: Any = None  # pack only, float64 array
+    bias: Any = None  # pack only, float64 array, in units of value
+    acc_bound: Any = None  # pack only, array: largest |acc - offset|
 
     @property
     def bound(self) -> float:
@@ -109,8 +109,8 @@ class Fixed:
     """value = unit v."""
 
     v: jax.Array
-    unit: float | None = None  # pack only
-    bound: float | None = None  # pack only: largest |value|
+    unit: Any = None  # pack only, float
+    bound: Any = None  # pack only, float: largest |value|
 
 
-Quantized = Codes | Sums | Fixed
+Quantized: TypeAlias = Codes | Sums | Fixed

@@ -55,7 +55,7 @@ def made(seed, *shapes):
 
 @pytest.fixture(scope="module")
 def chain():
-    """Conv (asymmetric input) - ReLU - strided conv - ReLU6 - pool - flatten - dense."""
+    """Conv (asymmetric input), ReLU, strided conv, ReLU6, pool, flatten, dense."""
     w1, b1, w2, b2, w3, b3 = made(
         0, (3, 3, 3, 8), (8,), (3, 3, 8, 6), (6,), (24, 5), (5,)
     )
@@ -429,9 +429,9 @@ def test_same_answers_on_a_trained_network():
     digits = datasets.load_digits()
     x = (digits.images[..., None] / 16).astype(np.float32)
     y = digits.target.astype(np.int32)
-    net = cj.models.cifar_resnet("resnet8", width=8, zero_gamma=False)
+    net = cj.models.cifar_resnet("resnet8", blocks=(1,), width=8)
     variables = jax.jit(net.init)(jax.random.key(0), x[:1])
-    optimizer = optax.adam(3e-3)
+    optimizer = optax.adam(1e-2)
 
     def step(carry, key):
         variables, state = carry
@@ -455,7 +455,7 @@ def test_same_answers_on_a_trained_network():
         return ({"params": params, **updates}, state), None
 
     carry = (variables, optimizer.init(variables["params"]))
-    keys = jax.random.split(jax.random.key(1), 60)
+    keys = jax.random.split(jax.random.key(1), 300)
     (variables, _), _ = jax.jit(lambda c, k: jax.lax.scan(step, c, k))(carry, keys)
     model = cj.from_linen(net, variables, x[:1])
     fake = cj.quantize.ptq([(x[:256],)])(model)
@@ -463,5 +463,5 @@ def test_same_answers_on_a_trained_network():
     test, wanted = x[900:], y[900:]
     a = np.asarray(jax.jit(fake.apply_fn)(fake.variables, test)).argmax(-1)
     b = np.asarray(packed(test)).argmax(-1)
-    assert np.mean(a == wanted) > 0.8
+    assert np.mean(a == wanted) > 0.85
     assert np.mean(a == b) >= 0.999

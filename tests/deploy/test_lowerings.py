@@ -69,8 +69,9 @@ def test_float_lowerings(case):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5, err_msg=form)
 
 
-@pytest.mark.parametrize("case", ["3x3", "crop", "transposed", "nchw"])
-@pytest.mark.parametrize("zero", [0, 9], ids=["no zero point", "zero point"])
+@pytest.mark.parametrize(
+    ("case", "zero"), [("3x3", 0), ("crop", 9), ("transposed", 0), ("nchw", 9)]
+)
 def test_code_lowerings_give_the_same_integers(case, zero):
     settings, x_shape, w_shape, dn = CASES[case]
     op = product(settings, dn)
@@ -87,7 +88,8 @@ def test_code_lowerings_give_the_same_integers(case, zero):
         if dn[0] == "NCHW":
             sums = sums.reshape(1, -1, 1, 1)
         names = [f"{f}:{c}" for f, c in zip(
-            ("conv", "im2col", "im2col", "im2col2", "rows", "taps", "im2col/1", "tiles2"),
+            ("conv", "im2col", "im2col", "im2col2", "rows", "taps", "im2col/1",
+             "tiles2"),
             ("int8", "int8", "late-bfloat16", "bfloat16x3", "int8",
              "late-float32x2", "late-bfloat16", "int8"),
             strict=True,
@@ -184,8 +186,8 @@ def test_tune_keeps_the_fastest(network, monkeypatch):
     assert table["params/a"] == [[18, "rows"], [72, "rows"]]
     assert [r.achieved for r in tuned.report] == ["rows, rows"] * 2
     again = cj.deploy.tune(**tuned.history[-1].settings)(model)
-    np.testing.assert_array_equal(jax.jit(again.apply_fn)(model.variables, x),
-                                  jax.jit(tuned.apply_fn)(model.variables, x))  # fmt: skip
+    same = (jax.jit(m.apply_fn)(model.variables, x) for m in (again, tuned))
+    np.testing.assert_array_equal(*same)
     assert cj.costs.count(tuned).macs == cj.costs.count(model).macs
 
 
