@@ -697,19 +697,14 @@ class _Walk:
             y = y + k * za * zb
         self.products.setdefault(site.name, None)  # type: ignore[arg-type]
         one = (1,) * y.ndim
-        known = a.scale is not None and b.scale is not None
+        if a.scale is None or b.scale is None:
+            return Sums(y, site.name)
+        top_a, top_b = (max(abs(c.lo - c.zero), abs(c.hi - c.zero)) for c in (a, b))
         return Sums(
             y,
             site.name,
-            scale=np.full(one, np.multiply(a.scale, b.scale)) if known else None,
-            acc_bound=np.full(
-                one,
-                float(k)
-                * max(abs(a.lo - a.zero), abs(a.hi - a.zero))
-                * max(abs(b.lo - b.zero), abs(b.hi - b.zero)),
-            )
-            if known
-            else None,
+            scale=np.full(one, a.scale * b.scale),
+            acc_bound=np.full(one, float(k) * top_a * top_b),
         )
 
     # Equations on quantized values; None means: go through float.
