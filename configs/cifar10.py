@@ -2,6 +2,11 @@
 
     python -m train.main --config configs/cifar10.py --workdir runs/cifar10 \\
         --config.data_dir=DIR
+
+ResNet-20 for 100 epochs is for a machine with an accelerator, and has not been run yet.
+What was run, on two cores of an AMD EPYC with other programs running, on a lossy JPEG
+copy of CIFAR-10: "--config.network=resnet8 --config.stages[0].epochs=1", which reached
+58.57 % in 2 minutes of processor time.
 """
 
 import dataclasses

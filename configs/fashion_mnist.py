@@ -2,6 +2,10 @@
 
     python -m train.main --config configs/fashion_mnist.py \\
         --workdir runs/fashion_mnist --config.data_dir=DIR
+
+ResNet-8, 16 channels in its first stage. Its network, seed and 5 epochs are those of the
+first stage of fashion_resnet8_prune_int8, and were run there: 91.48 % in 11 minutes on
+two cores of an AMD EPYC with other programs running.
 """
 
 import dataclasses
@@ -20,7 +24,7 @@ class Config(configs.Config):
     """The knobs of this experiment."""
 
     network: str = "resnet8"
-    width: int = 8
+    width: int = 16
     lr: float = 0.2
     weight_decay: float = 5e-4
 
@@ -49,5 +53,5 @@ def get_config() -> Config:
         ),
         batch_size=128,
         test_batch_size=500,
-        stages=[configs.Stage("float", optimizer=sgd, epochs=3)],
+        stages=[configs.Stage("float", optimizer=sgd, epochs=5)],
     )

@@ -2,6 +2,11 @@
 
     python -m train.main --config configs/fashion_resnet8_prune_int8.py \\
         --workdir runs/fashion_resnet8_prune_int8 --config.data_dir=DIR
+
+Reached: float 91.48 %, half the channels 90.64 %, integer 90.70 %; weights 14x smaller;
+a batch of 32 in 1.89 ms, 2.7x the speed of plain float and 2.6x that of tuned float.
+18 minutes (11 of processor time) on two cores of an AMD EPYC (AVX-512) with other
+programs running.
 """
 
 import dataclasses

@@ -2,6 +2,9 @@
 
     python -m train.main --config configs/mnist.py --workdir runs/mnist \\
         --config.data_dir=DIR
+
+ResNet-8, 8 channels in its first stage. Reached: 98.86 % after its 2 epochs, in 7
+minutes (2 of processor time) on two cores of an AMD EPYC with other programs running.
 """
 
 import dataclasses

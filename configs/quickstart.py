@@ -4,6 +4,10 @@
 
 ResNet-8, 32 channels in its first stage, on scikit-learn's digits: 1437 training and
 360 test images of 8x8 pixels, brought to 16x16. Nothing is downloaded.
+
+Reached: float 99.72 %, half the channels 99.44 %, integer 99.44 %; weights 15x smaller;
+a batch of 32 in 2.25 ms, 2.3x the speed of plain float and 2.2x that of tuned float.
+111 seconds on two cores of an AMD EPYC (AVX-512) with other programs running.
 """
 
 import dataclasses
