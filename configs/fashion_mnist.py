@@ -3,9 +3,9 @@
     python -m train.main --config configs/fashion_mnist.py \\
         --workdir runs/fashion_mnist --config.data_dir=DIR
 
-ResNet-8, 16 channels in its first stage. Its network, seed and 5 epochs are those of the
-first stage of fashion_resnet8_prune_int8, and were run there: 91.48 % in 11 minutes on
-two cores of an AMD EPYC with other programs running.
+ResNet-8, 16 channels in its first stage. Its network, seed and 5 epochs are those of
+the first stage of fashion_resnet8_prune_int8, and were run there: 91.48 % in 11 minutes
+on two cores of an AMD EPYC with other programs running.
 """
 
 import dataclasses
