@@ -57,7 +57,7 @@ class Row:
     data_fields=("variables",),
     meta_fields=("apply_fn", "inputs", "trainable", "history", "bits", "report"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity, so jax.jit(model) works
 class Model:
     """A network: a function and its variables.
 

@@ -215,8 +215,8 @@ def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Var]]:
     return dead
 
 
-def inline(jaxpr: ClosedJaxpr, keep: Sequence[str] = ()) -> ClosedJaxpr:
-    """The same jaxpr with calls (jit, custom rules, remat) replaced by their bodies.
+def inline(trace: Trace, keep: Sequence[str] = ()) -> ClosedJaxpr:
+    """The jaxpr of a trace with calls (jit, custom rules, remat) replaced by bodies.
 
     For passes over evaluation mode: custom derivative rules are lost. Loops and
     branches stay. A jit whose name is in `keep` stays too.
@@ -228,12 +228,6 @@ def inline(jaxpr: ClosedJaxpr, keep: Sequence[str] = ()) -> ClosedJaxpr:
             return None
         return evaluate(body, values, handle)
 
-    return jax.make_jaxpr(lambda *values: evaluate(jaxpr, values, handle))(
-        *(_spec(v.aval) for v in jaxpr.jaxpr.invars)
-    )
-
-
-def _spec(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-        aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False)
-    )
+    # Traced on the values themselves: bare shapes would lose what shard_map knows.
+    flat = jax.make_jaxpr(lambda *values: evaluate(trace.jaxpr, values, handle))
+    return flat(*trace.in_values)
