@@ -69,6 +69,15 @@ def test_two_devices_by_shardings(case):
     near(jax.jit(case.apply)(case.variables, x), case.wanted)
 
 
+def test_two_devices_by_shard_map(case):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("data")
+    run = jax.shard_map(
+        case.apply, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=spec
+    )
+    near(jax.jit(run)(case.variables, X), case.wanted)
+
+
 def test_two_devices_by_pmap(case):
     run = jax.pmap(case.apply, in_axes=(None, 0))
     near(run(case.variables, X.reshape(2, 2, 6, 6, 3)).reshape(4, 3), case.wanted)

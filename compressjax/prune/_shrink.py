@@ -115,7 +115,7 @@ def live_apply(model: Model, keeps: LeafKeeps) -> Callable[..., Any]:
                 path=", ".join(sorted(keeps)[:3]),
                 operation="prune.shrink",
                 remedy="Shrink before the transform that made them.",
-            ) from None
+            ) from e
         return jax.tree.unflatten(traced.out_tree, flat)
 
     return apply_fn
