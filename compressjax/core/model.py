@@ -132,7 +132,7 @@ def spec_of(x: Any) -> jax.ShapeDtypeStruct:
     if isinstance(x, jax.ShapeDtypeStruct):
         return x
     x = x if hasattr(x, "shape") and hasattr(x, "dtype") else np.asarray(x)
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):  # PRNG keys
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # PRNG keys
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
 
