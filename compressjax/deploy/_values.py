@@ -17,6 +17,17 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+# The collections of an integer Model: weights by leaf, the rest by site.
+WEIGHTS, CONSTANTS = "integer", "requantization"
+
+
+class StaysFloat(Exception):
+    """While packing: this site cannot be integer."""
+
+    def __init__(self, site: str, reason: str):
+        super().__init__(site, reason)
+        self.site, self.reason = site, reason
+
 
 @dataclasses.dataclass(eq=False)
 class Known:

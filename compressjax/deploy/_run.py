@@ -1,0 +1,71 @@
+"""The walk of the running network: reads what was packed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from compressjax.core import errors
+from compressjax.deploy import _choices, _lowerings
+from compressjax.deploy._values import CONSTANTS, Leaves
+from compressjax.deploy._walk import Walk
+
+
+class Run(Walk):
+    """The walk of the running network: reads what was packed."""
+
+    def __init__(self, program, trace, leaves: Mapping[str, Any], found, table):
+        super().__init__(program, trace, found)
+        self.leaves, self.table = leaves, table
+        self.knowns = Leaves(lambda i: leaves[self.paths[i]])
+
+    def constant(self, path, compute):
+        return self.leaves[path]
+
+    def traced(self, known):
+        value = self.knowns.of(known)
+        return jnp.broadcast_to(jnp.asarray(value, known.dtype), known.shape)
+
+    def concrete(self, known):
+        return None
+
+    def stored(self, compute):
+        if self.table is None:
+            return compute()
+        witness = next(x for p, x in self.leaves.items() if p.startswith(CONSTANTS))
+
+        def alone():
+            # What is made inside a branch must not be remembered outside of it.
+            memo, taken = dict(self.memo), dict(self.taken)
+            out = compute()
+            self.memo, self.taken = memo, taken
+            return out
+
+        return _lowerings.stored(alone, witness)
+
+    def lowering(self, product):
+        if self.table is None:
+            return "conv:int8"
+        default = _lowerings.default_codes(product.primitive, product.params)
+        return _choices.nearest(self.table, product.site, product.q.shape, default)
+
+    def decide(self, name, compute):
+        return self.found["facts"][name]
+
+    def marker(self, name, eqn, ins):
+        return self.found["markers"][name]
+
+    def alias(self, i, eqn, name):
+        other = self.found["alias"].get(name)
+        return None if other is None else self.memo["codes", other]
+
+    def weight(self, site, w):
+        return {}
+
+    def stays_float(self, site, reason):
+        raise errors.StructureChangedError(
+            f"was packed as an integer product, but now {reason}.",
+            path=site.name,
+            operation="deploy.integer",
+            remedy="Call the Model as it was packed, or pack it again.",
+        )

@@ -1,0 +1,416 @@
+"""The walk over a fake-quantized program on quantized values."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from compressjax.core import sites as finding
+from compressjax.core import trace as tracing
+from compressjax.deploy import _known, _lowerings, _moves, _program, _rules
+from compressjax.deploy._values import (
+    CONSTANTS,
+    WEIGHTS,
+    Codes,
+    Fixed,
+    Known,
+    Quantized,
+    Sums,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One integer product, for tuning."""
+
+    site: str
+    primitive: str
+    params: Mapping[str, Any] = dataclasses.field(compare=False)
+    side: int
+    q: jax.ShapeDtypeStruct
+    zero: int
+    w: jax.ShapeDtypeStruct
+    bound: int
+
+
+def weight_path(site: finding.Site) -> str:
+    """Where the codes of a site's weight are stored: the path of its leaf."""
+    name = site.name.split("/", 1)[-1] if "/" in site.name else site.name
+    return f"{WEIGHTS}/{name}"
+
+
+class Walk(_rules.Rules):
+    """Evaluates the program on Known, Codes, Sums, Fixed and float arrays."""
+
+    def __init__(
+        self, program: _program.Program, trace: tracing.Trace, found: dict[str, Any]
+    ):
+        self.program, self.found = program, found
+        self.paths = trace.paths
+        self.products: dict[str, Product] = {}
+        self.taken: dict[str, int] = {}
+        self.memo: dict[Any, Any] = {}
+
+    # What differs between packing and running.
+
+    def traced(self, known: Known) -> Any:
+        """A Known as a value of the running program, broadcast to its shape."""
+        raise NotImplementedError
+
+    def lowering(self, product: Product) -> str:
+        raise NotImplementedError
+
+    def unique(self, path: str) -> str:
+        k = self.taken.get(path, 0)
+        self.taken[path] = k + 1
+        return path if k == 0 else f"{path}_{k}"
+
+    def once(self, key: Any, make: Any) -> Any:
+        if key not in self.memo:
+            self.memo[key] = (key, make())
+        return self.memo[key][1]
+
+    # The walk.
+
+    def run(self, data: Sequence[Any]) -> list[Any]:
+        jaxpr = self.program.jaxpr
+        n = len(self.paths)
+        env: dict[Any, Any] = {}
+        for i, v in enumerate(jaxpr.jaxpr.invars[:n]):
+            env[v] = Known(
+                v.aval.shape, v.aval.dtype, lambda leaves, i=i: leaves.get(i)
+            )
+        env.update(zip(jaxpr.jaxpr.invars[n:], data, strict=True))
+        for v, c in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True):
+            env[v] = c if tracing.is_tracer(c) else _known.literal(c)
+        self.env = env
+
+        def read(atom: Any) -> Any:
+            if isinstance(atom, tracing.Literal):
+                return _known.literal(atom.val)
+            return env[atom]
+
+        for i, eqn in enumerate(jaxpr.jaxpr.eqns):
+            ins = [read(a) for a in eqn.invars]
+            with tracing.context_of(eqn):
+                outs = self.step(i, eqn, ins)
+            outs = [self.held(v, y) for v, y in zip(eqn.outvars, outs, strict=True)]
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [self.as_float(read(a)) for a in jaxpr.jaxpr.outvars]
+
+    def held(self, v: Any, y: Any) -> Any:
+        """A sum that several read is stored: fused, each reader would do it again."""
+        if isinstance(y, Fixed) and len(self.program.readers.get(v, ())) > 1:
+            return Fixed(self.stored(lambda: y.v), y.unit, y.bound)
+        return y
+
+    def stored(self, compute: Any) -> Any:
+        """`compute()`, and in the fast program not fused into those who read it."""
+        return compute()
+
+    def step(self, i: int, eqn: tracing.Equation, ins: list[Any]) -> Sequence[Any]:
+        if all(isinstance(x, Known) for x in ins):
+            if eqn.primitive.name in ("pvary", "pcast"):
+                return ins  # a type of shard_map, no change of value
+            return _known.known(eqn, ins)
+        if i in self.program.sites:
+            return [self.site(eqn, self.program.sites[i], ins)]
+        if _program.is_marker(eqn) and all(isinstance(x, Known) for x in ins[1:]):
+            return [self.quantize(i, eqn, ins)]
+        if any(isinstance(x, Quantized) for x in ins):
+            out = getattr(self, "_" + eqn.primitive.name, self._layout)(i, eqn, ins)
+            if out is not None:
+                return out if isinstance(out, list) else [out]
+        return tracing.bind(eqn, self.floats(eqn, ins))
+
+    # Between forms.
+
+    def floats(self, eqn: tracing.Equation, ins: Sequence[Any]) -> list[Any]:
+        """The operands as the float arrays that the equation was written for."""
+        return [
+            self.as_float(x).astype(_program.spec(a.aval).dtype)
+            if isinstance(x, Quantized)
+            else self.as_float(x)
+            for x, a in zip(ins, eqn.invars, strict=True)
+        ]
+
+    def as_float(self, x: Any) -> Any:
+        if isinstance(x, Known):
+            return self.traced(x)
+        if not isinstance(x, Quantized):
+            return x
+        return self.once(("float", x), lambda: self._as_float(x))
+
+    def _as_float(self, x: Quantized) -> Any:
+        if isinstance(x, Codes):
+            scale = self.constant(
+                f"{CONSTANTS}/{x.marker}/scale", lambda: np.float32(x.scale)
+            )
+            return (x.q.astype(jnp.int32) - x.zero).astype(jnp.float32) * scale
+        if isinstance(x, Fixed):
+            path = self.unique(f"{CONSTANTS}/fixed/unit")
+            unit = self.constant(path, lambda: np.float32(x.unit))
+            return x.v.astype(jnp.float32) * unit
+        if x.later:
+            y = self.as_float(dataclasses.replace(x, later=()))
+            return _moves.apply_all(x.later, y)
+        scale = self.constant(
+            self.unique(f"{CONSTANTS}/{x.site}/scale"), lambda: np.float32(x.scale)
+        )
+        y = self.acc(x).astype(jnp.float32) * scale
+        if x.low:
+            y = jnp.maximum(y, 0)
+        return y if x.high is None else jnp.minimum(y, x.high)
+
+    def acc(self, x: Sums) -> Any:
+        """acc - offset + bias, int32."""
+
+        def make():
+            bias = None
+            if x.bias_key is not None:
+                bias = self.constant(x.bias_key, lambda: _rules.int_bias(x))
+            if x.offset is not None:
+                bias = -x.offset if bias is None else bias - x.offset
+            return x.acc if bias is None else x.acc + bias
+
+        return self.once(("acc", x), make)
+
+    def fixed(self, x: Quantized, unit: Any) -> Any:
+        """int32 v with value = unit v; unit is known while packing."""
+
+        def ratio(of):
+            return self.constant(
+                self.unique(f"{CONSTANTS}/fixed/multiplier"),
+                lambda: np.asarray(np.asarray(of(), np.float64) / unit, np.float32),
+            )
+
+        if isinstance(x, Codes):
+            q = (x.q.astype(jnp.int32) - x.zero).astype(jnp.float32)
+            return jnp.rint(q * ratio(lambda: x.scale)).astype(jnp.int32)
+        if isinstance(x, Fixed):
+            # Equal units need no multiplier; that is known from the plan.
+            same = self.decide(self.unique("same unit"), lambda: x.unit == unit)
+            if same:
+                return x.v
+            v = x.v.astype(jnp.float32) * ratio(lambda: x.unit)
+            return jnp.rint(v).astype(jnp.int32)
+        if x.later:
+            v = self.fixed(dataclasses.replace(x, later=()), unit)
+            return _moves.apply_all(x.later, v)
+        v = self.acc(x).astype(jnp.float32) * ratio(lambda: x.scale)
+        v = jnp.rint(v).astype(jnp.int32)
+        if x.low:
+            v = jnp.maximum(v, 0)
+        if x.high is not None:
+            top = self.constant(
+                self.unique(f"{CONSTANTS}/fixed/high"),
+                lambda: np.int32(min(round(x.high / unit), 2**31 - 1)),
+            )
+            v = jnp.minimum(v, top)
+        return v
+
+    # Markers.
+
+    def quantize(self, i: int, eqn: tracing.Equation, ins: list[Any]) -> Any:
+        x, scale, *_ = ins
+        name = self.program.markers[i]
+        fact = self.marker(name, eqn, ins)
+        if "float" in fact or math.prod(scale.shape) != 1:
+            return tracing.bind(eqn, self.floats(eqn, ins))[0]
+        other = self.alias(i, eqn, name)
+        if other is not None:
+            return other
+        lo, hi, z = fact["lo"], fact["hi"], fact["zero"]
+        step = fact.get("scale")
+        q = self.stored(lambda: self.codes(name, x, step, lo, hi, z))
+        codes = Codes(q, name, z, lo, hi, scale=step)
+        self.memo["codes", name] = codes
+        return codes
+
+    def marker(
+        self, name: str, eqn: tracing.Equation, ins: list[Any]
+    ) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def alias(self, i: int, eqn: tracing.Equation, name: str) -> Codes | None:
+        """The codes of an earlier marker that reads the same value in the same way."""
+        raise NotImplementedError
+
+    def codes(self, name: str, x: Any, step: Any, lo: int, hi: int, z: int) -> Any:
+        """clip(rint(value / step) + z, lo, hi) as int8 or uint8."""
+        dtype = jnp.uint8 if lo >= 0 else jnp.int8
+        path = f"{CONSTANTS}/{name}/multiplier"
+
+        def clipped(v: Any, low: Any = None, high: Any = None) -> Any:
+            low = lo - z if low is None else low
+            v = jnp.clip(jnp.rint(v), low, hi - z)
+            if high is not None:
+                v = jnp.minimum(v, high)
+            v = v.astype(jnp.int32)
+            return (v + z if z else v).astype(dtype)
+
+        if isinstance(x, Sums):
+            m = self.constant(path, lambda: np.float32(x.scale / np.float64(step)))
+            high = None
+            if x.high is not None:
+                high = self.constant(
+                    f"{CONSTANTS}/{name}/high", lambda: np.float32(round(x.high / step))
+                )
+            low = max(lo - z, 0) if x.low else None
+            y = clipped(self.acc(x).astype(jnp.float32) * m, low, high)
+            return _moves.apply_all(x.later, y)
+        if isinstance(x, Fixed):
+            m = self.constant(path, lambda: np.float32(x.unit / step))
+            return clipped(x.v.astype(jnp.float32) * m)
+        if isinstance(x, Codes):
+            m = self.constant(path, lambda: np.float32(x.scale / step))
+            return clipped((x.q.astype(jnp.int32) - x.zero).astype(jnp.float32) * m)
+        inverse = self.constant(path, lambda: np.float32(1) / np.float32(step))
+        return clipped(x.astype(jnp.float32) * inverse)
+
+    # Sites.
+
+    def site(self, eqn: tracing.Equation, site: finding.Site, ins: list[Any]) -> Any:
+        side = site.weight_side
+        x, w = ins[1 - side], ins[side]
+        packed = self.weight(site, w) if site.leaf is not None else {}
+        reason = self.why_float(site, x, w, packed)
+        if reason:
+            return self.float_site(eqn, site, ins, packed)
+        if site.leaf is None:
+            return self.activations(eqn, site, *ins)
+        codes = self.constant(weight_path(site), lambda: packed["codes"])
+        product = Product(
+            site.name,
+            site.primitive,
+            eqn.params,
+            side,
+            jax.ShapeDtypeStruct(x.q.shape, x.q.dtype),
+            x.zero,
+            jax.ShapeDtypeStruct(codes.shape, codes.dtype),
+            self.decide(
+                f"{site.name}/bound",
+                lambda: _lowerings.accumulator_bound(
+                    packed["codes"], packed["axes"], x.lo - x.zero, x.hi - x.zero
+                ),
+            ),
+        )
+        self.products[site.name] = product
+        y, fill = _lowerings.code_product(
+            self.lowering(product),
+            site.primitive,
+            eqn.params,
+            side,
+            x.q,
+            x.zero,
+            codes,
+        )
+        offset = None
+        if x.zero - _lowerings.shift_of(x.q.dtype):
+            # Kept whatever the lowering is, so that choices may change.
+            sums = self.constant(
+                f"{CONSTANTS}/{site.name}/sums", lambda: packed["place"](packed["sums"])
+            )
+            offset = fill * sums if fill else None
+        if not packed:
+            return Sums(y, site.name, offset)
+        place, size = packed["place"], max(abs(x.lo - x.zero), abs(x.hi - x.zero))
+        return Sums(
+            y,
+            site.name,
+            offset,
+            scale=place(packed["scale"]) * np.float64(x.scale),
+            acc_bound=place(packed["size"]) * float(size),
+        )
+
+    def weight(self, site: finding.Site, w: Any) -> dict[str, Any]:
+        """While packing: codes, their sums, scales, or why not. Empty when running."""
+        raise NotImplementedError
+
+    def why_float(self, site: finding.Site, x: Any, w: Any, packed: Any) -> str:
+        """Why a site stays float; empty if it does not."""
+        if site.name in self.found["float"]:
+            return self.found["float"][site.name]
+        no_codes = "has no 8-bit codes with one scale"
+        reason = ""
+        if site.leaf is None:
+            if site.is_conv:
+                reason = "a convolution of two activations"
+            elif not (isinstance(x, Codes) and isinstance(w, Codes)):
+                reason = f"an operand {no_codes}"
+        elif not isinstance(x, Codes):
+            reason = f"its input {no_codes}"
+        elif not isinstance(w, Known) or w.weight is None:
+            reason = "its weight is not fake-quantized"
+        elif site.params.get("batch_group_count", 1) != 1:
+            reason = "it has batch groups"
+        reason = reason or packed.get("reason", "")
+        if reason:
+            self.stays_float(site, reason)
+        return reason
+
+    def stays_float(self, site: finding.Site, reason: str) -> None:
+        raise NotImplementedError
+
+    def float_site(self, eqn: Any, site: finding.Site, ins: list[Any], packed) -> Any:
+        """The product in float; 8-bit codes of its weight are stored all the same."""
+        side = site.weight_side
+        w = ins[side]
+        ok = self.decide(
+            f"{site.name}/stored", lambda: bool(packed) and "reason" not in packed
+        )
+        if not ok:
+            return tracing.bind(eqn, self.floats(eqn, ins))[0]
+        codes = self.constant(weight_path(site), lambda: packed["codes"])
+        scale = self.constant(
+            f"{CONSTANTS}/{site.name}/weight_scale",
+            lambda: packed["scale"].astype(np.float32),
+        )
+        x = ins[1 - side]
+        if isinstance(x, Quantized):
+            x = self.as_float(x).astype(eqn.invars[1 - side].aval.dtype)
+        w = (codes.astype(jnp.float32) * scale).astype(w.dtype)
+        return tracing.bind(eqn, [x, w] if side else [w, x])[0]
+
+    def activations(self, eqn: Any, site: finding.Site, a: Any, b: Any) -> Any:
+        """A product of two activations: sum (q - z) (q' - z')."""
+        numbers = eqn.params["dimension_numbers"]
+
+        def narrow(x: Codes) -> tuple[Any, int]:
+            shift = _lowerings.shift_of(x.q.dtype)
+            if not shift:
+                return x.q, x.zero
+            q = lax.bitcast_convert_type(x.q ^ np.uint8(128), jnp.int8)
+            return q, x.zero - shift
+
+        (qa, za), (qb, zb) = narrow(a), narrow(b)
+        y = lax.dot_general(qa, qb, numbers, preferred_element_type=jnp.int32)
+        ones = functools.partial(jnp.full, dtype=jnp.int8)
+        if zb:
+            y = y - zb * lax.dot_general(
+                qa, ones(qb.shape, 1), numbers, preferred_element_type=jnp.int32
+            )
+        if za:
+            y = y - za * lax.dot_general(
+                ones(qa.shape, 1), qb, numbers, preferred_element_type=jnp.int32
+            )
+        k = math.prod(qa.shape[i] for i in numbers[0][0])
+        if za and zb:
+            y = y + k * za * zb
+        self.products.setdefault(site.name, None)  # type: ignore[arg-type]
+        one = (1,) * y.ndim
+        if a.scale is None or b.scale is None:
+            return Sums(y, site.name)
+        top_a, top_b = (max(abs(c.lo - c.zero), abs(c.hi - c.zero)) for c in (a, b))
+        return Sums(
+            y,
+            site.name,
+            scale=np.full(one, a.scale * b.scale),
+            acc_bound=np.full(one, float(k) * top_a * top_b),
+        )
