@@ -215,16 +215,18 @@ def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Var]]:
     return dead
 
 
-def inline(trace: Trace, keep: Sequence[str] = ()) -> ClosedJaxpr:
+def inline(
+    trace: Trace, keep: Callable[[Equation], bool] = lambda eqn: False
+) -> ClosedJaxpr:
     """The jaxpr of a trace with calls (jit, custom rules, remat) replaced by bodies.
 
-    For passes over evaluation mode: custom derivative rules are lost. Loops and
-    branches stay. A jit whose name is in `keep` stays too.
+    A call for which `keep` is true stays, so do loops and branches. A custom derivative
+    is lost with its call.
     """
 
     def handle(eqn: Equation, values: list[Any]) -> list[Any] | None:
         body = called(eqn)
-        if body is None or eqn.params.get("name") in keep:
+        if body is None or keep(eqn):
             return None
         return evaluate(body, values, handle)
 

@@ -34,7 +34,7 @@ class Program:
 
     @classmethod
     def of(cls, trace: tracing.Trace, trainable: Sequence[str]) -> "Program":
-        jaxpr = tracing.inline(trace, keep=(straight_through.MARKER,))
+        jaxpr = tracing.inline(trace, keep=is_marker)
         found = finding.find(dataclasses.replace(trace, jaxpr=jaxpr), trainable)
         sites = {k[0]: s for k, s in found.by_key.items() if len(k) == 1}
         eqns = jaxpr.jaxpr.eqns

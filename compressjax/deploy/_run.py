@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from compressjax.core import errors
-from compressjax.deploy import _choices, _lowerings
+from compressjax.deploy import _choices, _forms, _lowerings
 from compressjax.deploy._values import CONSTANTS, Leaves
 from compressjax.deploy._walk import Walk
 
@@ -41,7 +41,7 @@ class Run(Walk):
             self.memo, self.taken = memo, taken
             return out
 
-        return _lowerings.stored(alone, witness)
+        return _forms.stored(alone, witness)
 
     def lowering(self, product):
         if self.table is None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from compressjax.core import lowered, rewrite
 from compressjax.core.model import Model, Row, Step, Transform
-from compressjax.deploy import _choices, _lowerings
+from compressjax.deploy import _choices, _forms, _lowerings
 
 _ROUNDS = 7
 _SECONDS = 0.004  # the least one timing takes
@@ -116,7 +116,7 @@ def pick_float(site: Any, *, backward: bool = False) -> str:
     names = _lowerings.candidates(site.primitive, site.params, site.x, site.w)
     if len(names) == 1:
         return names[0]
-    conv = _lowerings.Conv.of(site.params)
+    conv = _forms.Conv.of(site.params)
     shape = [1] * site.out.ndim
     shape[conv.specs[2][1]] = site.out.shape[conv.specs[2][1]]
     x, w, bias = _fill(site.x), _fill(site.w), jnp.ones(shape, site.out.dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compressjax.core import trace as tracing
-from compressjax.merge import _segments
+from compressjax.merge import _program
 
 _UNARY: dict[str, Callable[..., Any]] = {
     "neg": np.negative,
@@ -47,7 +47,7 @@ _REDUCE: dict[str, Callable[..., Any]] = {
 class Known:
     """The known values of a program; `leaves` are the values of its variables."""
 
-    def __init__(self, program: "_segments.Program", leaves: Mapping[int, Any]):
+    def __init__(self, program: "_program.Program", leaves: Mapping[int, Any]):
         self.program, self.leaves = program, leaves
         self.exact = all(isinstance(x, np.ndarray) for x in leaves.values())
         self.cache: dict[Any, Any] = {}

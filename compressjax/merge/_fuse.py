@@ -32,7 +32,7 @@ from flax.core import scope as flax_scope
 from compressjax.core import errors, trees
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model, Row, Step, Transform
-from compressjax.merge import _float64, _segments
+from compressjax.merge import _float64, _program, _segments
 
 # Keywords that choose between training and evaluation: a fused network has only the
 # second, so they stop here.
@@ -49,7 +49,7 @@ _HALVES = (
 class _Plan:
     """What to fuse in one trace, by site name, and why not the others."""
 
-    program: _segments.Program
+    program: _program.Program
     segments: tuple[_segments.Segment, ...]
     reasons: Mapping[str, str]
     bias: Mapping[str, str]  # {site: path of its bias}
@@ -166,7 +166,7 @@ def _rows(plan: _Plan) -> list[Row]:
 
 
 def _make_plan(trace: tracing.Trace, trainable: tuple[str, ...], where: str) -> _Plan:
-    program = _segments.Program(trace, trainable)
+    program = _program.Program(trace, trainable)
     chosen = program.found.select(where)
     segments: dict[str, _segments.Segment] = {}
     reasons: dict[str, str] = {}

@@ -119,8 +119,8 @@ def test_vmap_over_x_and_scale_equals_a_loop(key):
 
 def test_the_marker_is_one_jit_with_five_operands():
     f = lambda x, s: fake_quant(x, s, 0.0, -4, 3) * 2  # noqa: E731
-    jaxpr = jax.make_jaxpr(f)(jnp.ones((2, 3)), jnp.ones((1, 3)))
-    kept = trace.inline(jaxpr, keep=("fake_quant",))
+    traced = trace.trace(f, jnp.ones((2, 3)), (jnp.ones((1, 3)),))
+    kept = trace.inline(traced, lambda eqn: eqn.params.get("name") == "fake_quant")
     marks = [e for e in kept.jaxpr.eqns if e.params.get("name") == "fake_quant"]
     assert [e.primitive.name for e in marks] == ["jit"]
     shapes = [v.aval.shape for v in marks[0].invars]

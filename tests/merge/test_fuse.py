@@ -10,7 +10,7 @@ from flax import nnx
 import compressjax as cj
 from compressjax import models
 from compressjax.core import errors, trees
-from compressjax.merge import _segments, fuse
+from compressjax.merge import _program, fuse
 
 
 def spread(variables, seed=0):
@@ -631,7 +631,7 @@ def test_quantized_weights_are_left_alone():
     ],
 )
 def test_reshape_groups(old, new, groups):
-    assert _segments.reshape_groups(old, new) == groups
+    assert _program.reshape_groups(old, new) == groups
 
 
 def test_other_containers_and_keys_with_slashes_survive():

@@ -128,7 +128,8 @@ def test_scales_are_those_of_numpy(model, quantized):
 def test_quantizers_sit_right_before_the_product(quantized):
     """After the relu, and before the zero padding: the convolution reads markers."""
     jaxpr = tracing.inline(
-        tracing.trace_model(quantized).jaxpr, keep=("fake_quant",)
+        tracing.trace_model(quantized),
+        lambda eqn: eqn.params.get("name") == "fake_quant",
     ).jaxpr
     marked = {
         v: e
