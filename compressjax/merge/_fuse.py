@@ -18,9 +18,7 @@ Differs from folding by layer type: works on the jaxpr, so on any network; layer
 stacked biases and standardised weights go too.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +30,7 @@ from flax.core import scope as flax_scope
 from compressjax.core import errors, trees
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model, Row, Step, Transform
-from compressjax.merge import _float64, _program, _segments
+from compressjax.merge import _fold, _program, _segments
 
 # Keywords that choose between training and evaluation: a fused network has only the
 # second, so they stop here.
@@ -43,25 +41,6 @@ _HALVES = (
     lambda x: float(np.asarray(x, jnp.dtype("bfloat16"))),
     lambda x: float(np.float16(x)),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What to fuse in one trace, by site name, and why not the others."""
-
-    program: _program.Program
-    segments: tuple[_segments.Segment, ...]
-    reasons: Mapping[str, str]
-    bias: Mapping[str, str]  # {site: path of its bias}
-    dropped: frozenset[str]  # leaves that nothing reads any more
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(s.site.name for s in self.segments)
-
-    def signature(self) -> dict[str, Any]:
-        """{site: what was folded}: must be the same at every trace."""
-        return {s.site.name: s.signature(self.program) for s in self.segments}
 
 
 def fuse(where: str = "**") -> Transform:
@@ -109,7 +88,7 @@ def fuse(where: str = "**") -> Transform:
         paths = plan.program.trace.paths
         beside = {paths[s.leaf]: plan.bias[s.site.name] for s in plan.segments}
         variables = _rebuild(
-            model.variables, "", _fold(plan, old), beside, plan.dropped
+            model.variables, "", _fold.fold(plan, old), beside, plan.dropped
         )
         return model.then(
             step,
@@ -157,7 +136,7 @@ def _rebuild(
     return out
 
 
-def _rows(plan: _Plan) -> list[Row]:
+def _rows(plan: _fold.Plan) -> list[Row]:
     rows = []
     for name, reason in plan.reasons.items():
         done = name in plan.names
@@ -165,7 +144,9 @@ def _rows(plan: _Plan) -> list[Row]:
     return rows
 
 
-def _make_plan(trace: tracing.Trace, trainable: tuple[str, ...], where: str) -> _Plan:
+def _make_plan(
+    trace: tracing.Trace, trainable: tuple[str, ...], where: str
+) -> _fold.Plan:
     program = _program.Program(trace, trainable)
     chosen = program.found.select(where)
     segments: dict[str, _segments.Segment] = {}
@@ -255,7 +236,7 @@ def _needs(program, segments) -> dict[int, list[Any]]:
     return needs
 
 
-def _finish(program, segments, reasons) -> _Plan:
+def _finish(program, segments, reasons) -> _fold.Plan:
     """Names for the biases, and the leaves that nothing reads any more."""
     before = program.live_leaves({})
     after = program.live_leaves(_needs(program, segments))
@@ -272,132 +253,10 @@ def _finish(program, segments, reasons) -> _Plan:
             path = f"{base}_{k}"
         bias[s.site.name] = path
         held.add(path)
-    return _Plan(program, segments, reasons, bias, frozenset(dropped))
+    return _fold.Plan(program, segments, reasons, bias, frozenset(dropped))
 
 
-def _fold(plan: _Plan, old: Mapping[str, Any]) -> dict[str, Any]:
-    """{path: folded kernel or bias}, of the kind of array the variables are."""
-    paths = plan.program.trace.paths
-    leaves = {i: old[p] for i, p in enumerate(paths)}
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves.values()):
-        return jax.eval_shape(lambda leaves: _compute(plan, leaves), leaves)
-    if any(tracing.is_tracer(x) for x in leaves.values()):
-        return _compute(plan, {i: jnp.asarray(x) for i, x in leaves.items()})
-    out = _compute(plan, {i: _float64.wide(x) for i, x in leaves.items()})
-    placed = {}
-    for path, value in out.items():
-        value = jnp.asarray(value)
-        like = old.get(path)
-        if isinstance(like, jax.Array) and len(like.sharding.device_set) > 1:
-            if like.shape == value.shape:
-                value = jax.device_put(value, like.sharding)
-        placed[path] = value
-    return placed
-
-
-def _compute(plan: _Plan, leaves: Mapping[int, Any]) -> dict[str, Any]:
-    known = _float64.Known(plan.program, leaves)
-    out: dict[str, Any] = {}
-    for s in plan.segments:
-        site = s.site
-        weight = plan.program.eqns[s.index].invars[site.weight_side]
-        like = plan.program.leaf_vars[s.leaf].aval
-        w = known(weight)
-        t, c = _scale_and_shift(known, s.after, _sizes(site.w, site.w_out_axes))
-        t_in, c_in = _scale_and_shift(known, s.before, _input_sizes(site))
-        scale = _along(t, site.w, site.w_out_axes)
-        gain, shift = _along_input(t_in, site), _along_input(c_in, site)
-        inner = tuple(a for a in range(w.ndim) if a not in site.w_out_axes)
-        b = _as_channels((w * shift).sum(inner, keepdims=True), site) * t + c
-        scale = scale * gain
-        if s.indices is None:
-            kernel = w * scale
-        else:
-            flat = (np if known.exact else jnp).broadcast_to(scale, w.shape).reshape(-1)
-            where = np.argsort(s.indices.reshape(-1))  # a permutation's inverse
-            kernel = leaves[s.leaf] * flat[where].reshape(like.shape)
-        out[plan.program.trace.paths[s.leaf]] = kernel.astype(like.dtype)
-        shape = _sizes(site.w, site.w_out_axes)
-        out[plan.bias[site.name]] = b.reshape(shape).astype(like.dtype)
-    return out
-
-
-def _sizes(spec: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(spec.shape[a] for a in axes)
-
-
-def _input_sizes(site) -> tuple[int, ...]:
-    n = site.params.get("feature_group_count", 1) if site.is_conv else 1
-    sizes = _sizes(site.w, site.w_in_axes)
-    return (sizes[0] * n, *sizes[1:]) if site.is_conv else sizes
-
-
-def _scale_and_shift(known, ops, sizes: tuple[int, ...]) -> tuple[Any, Any]:
-    """(t, c), flat over the channels, of a run of operations."""
-    n = math.prod(sizes)
-    t: Any = np.ones(n) if known.exact else jnp.ones(n)
-    c: Any = np.zeros(n) if known.exact else jnp.zeros(n)
-    for op in ops:
-        if op.kind == "move":
-            continue
-        if op.kind == "neg":
-            t, c = -t, -c
-            continue
-        v = _vector(known(op.operand), op)
-        if op.kind == "add":
-            c = c + v
-        elif op.kind == "sub":
-            c = c - v
-        elif op.kind == "rsub":
-            t, c = -t, v - c
-        elif op.kind == "mul":
-            t, c = t * v, c * v
-        else:
-            t, c = t / v, c / v
-    return t, c
-
-
-def _vector(v: Any, op) -> Any:
-    """An operand as one number per channel, in the order of the channel axes."""
-    xp = np if isinstance(v, np.ndarray) else jnp
-    v, shape = xp.asarray(v), op.value.aval.shape
-    if v.ndim == 0:
-        return xp.broadcast_to(v, (math.prod(shape[a] for a in op.axes),))
-    v = v[tuple(slice(None) if a in op.axes else slice(0, 1) for a in range(v.ndim))]
-    v = xp.broadcast_to(v, [n if a in op.axes else 1 for a, n in enumerate(shape)])
-    others = tuple(a for a in range(v.ndim) if a not in op.axes)
-    return v.transpose((*op.axes, *others)).reshape(-1)
-
-
-def _along(t: Any, spec: Any, axes: tuple[int, ...]) -> Any:
-    """A flat vector over `axes`, shaped to multiply an array of that rank."""
-    order = np.argsort(axes)
-    t = t.reshape(_sizes(spec, axes)).transpose(order)
-    return t.reshape([n if a in axes else 1 for a, n in enumerate(spec.shape)])
-
-
-def _along_input(t: Any, site) -> Any:
-    """A flat vector over the input channels, shaped to multiply the weight."""
-    if not site.is_conv:
-        return _along(t, site.w, site.w_in_axes)
-    (i,), (o,) = site.w_in_axes, site.w_out_axes
-    groups = site.params["feature_group_count"]
-    n_out = site.w.shape[o]
-    # Output channel k is of group k // (n_out / groups), and sees that group's inputs.
-    by_group = t.reshape(groups, -1)
-    per_out = by_group[np.arange(n_out) // (n_out // groups)]  # (out, in of its group)
-    shape = [1] * site.w.ndim
-    shape[o], shape[i] = n_out, by_group.shape[1]
-    return (per_out if o < i else per_out.T).reshape(shape)
-
-
-def _as_channels(b: Any, site) -> Any:
-    """A reduced weight (1 on all but its output axes) as a flat vector of channels."""
-    others = tuple(a for a in range(b.ndim) if a not in site.w_out_axes)
-    return b.transpose((*site.w_out_axes, *others)).reshape(-1)
-
-
-def _fused_apply(model: Model, first: _Plan, where: str):
+def _fused_apply(model: Model, first: _fold.Plan, where: str):
     paths = trees.paths(model.variables)
     specs = dict(zip(paths, jax.tree.leaves(model.variables), strict=True))
     specs = {
@@ -464,7 +323,7 @@ def _fused_apply(model: Model, first: _Plan, where: str):
     return apply_fn
 
 
-def _run(plan: _Plan, values: Mapping[str, Any]) -> list[Any]:
+def _run(plan: _fold.Plan, values: Mapping[str, Any]) -> list[Any]:
     """Evaluate the program with its segments fused."""
     program = plan.program
     trace, jaxpr = program.trace, program.jaxpr
@@ -494,7 +353,7 @@ def _run(plan: _Plan, values: Mapping[str, Any]) -> list[Any]:
     return [read(a) for a in jaxpr.outvars]
 
 
-def _at_site(eqn, segment, read, plan: _Plan, values: Mapping[str, Any]) -> Any:
+def _at_site(eqn, segment, read, plan: _fold.Plan, values: Mapping[str, Any]) -> Any:
     site = segment.site
     x = read(eqn.invars[1 - site.weight_side])
     if segment.indices is None:
