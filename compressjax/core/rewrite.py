@@ -149,7 +149,10 @@ class _Evaluation:
                 return jax.checkpoint(
                     run, prevent_cse=params["prevent_cse"], policy=params["policy"]
                 )(ins, state)
-            return run(ins, state)
+            outs, new = run(ins, state)
+            if name.startswith("custom_"):
+                outs = _with_custom_derivative(eqn, body, ins, outs)
+            return outs, new
         return getattr(self, name)(eqn, ins, key, state)
 
     def scan(self, eqn, ins, key, state: States):
@@ -244,6 +247,24 @@ class _Evaluation:
         )(ins, state), {}
 
 
+def _with_custom_derivative(eqn, body, ins, outs) -> list[Any]:
+    """The new results; their derivative gains what the user's rule adds to its body.
+
+    d new + d custom - d body: the user's own derivative where the rule changes nothing,
+    the new derivative where the user's is that of the body.
+    """
+    custom = tracing.bind(eqn, ins)
+    plain = tracing.evaluate(body, ins, lambda eqn, values: None)
+
+    def join(new, custom, plain):
+        if not jnp.issubdtype(jnp.result_type(new), jnp.inexact):
+            return new
+        extra = custom - plain
+        return new + (extra - jax.lax.stop_gradient(extra))  # adds zero
+
+    return [join(*three) for three in zip(outs, custom, plain, strict=True)]
+
+
 def _constrain(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
     """Values under the shardings that the user's jit asked for; others as they are."""
     wanted = list(shardings) or [None] * len(values)
@@ -278,8 +299,9 @@ def rewrite(rule: Rule, where: str = "**") -> Transform:
         with the same keywords.
       RefusedError: at a call, if the rule returns another shape or dtype.
 
-    A custom derivative around a chosen site gives way to the derivative of its body;
-    `Site.inside` tells which sites have one.
+    Where a chosen site is inside a custom derivative (`Site.inside` tells), the result
+    has the derivative of the rewritten body plus what the user's rule adds to that of
+    the body it was written for.
 
     >>> m = cj.from_function(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))},
     ...                      jnp.ones((4, 3)))

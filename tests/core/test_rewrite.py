@@ -268,6 +268,49 @@ def test_states_follow_layers_and_steps():
     assert new["params/shared"] == 3
 
 
+@jax.custom_vjp
+def rounded(x, w):
+    return jnp.round(x @ w)
+
+
+rounded.defvjp(
+    lambda x, w: (rounded(x, w), (x, w)),
+    lambda saved, g: (g @ saved[1].T, saved[0].T @ g),
+)
+
+
+@jax.custom_jvp
+def signed(x, w):
+    return jnp.sign(x @ w)
+
+
+@signed.defjvp
+def _signed_jvp(primals, tangents):
+    (x, w), (dx, dw) = primals, tangents
+    return signed(x, w), dx @ w + x @ dw
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("fn", [rounded, signed])
+def test_a_custom_derivative_around_a_site_is_kept(fn, jitted):
+    """The derivative of the body alone is zero: straight-through rules must survive."""
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+    w = jax.random.normal(jax.random.key(1), (3, 2))
+    model = cj.from_function(lambda p, x: fn(x, p), w, x)
+    same = cj.rewrite(identity)(model)
+    half = cj.rewrite(halved)(model)
+
+    def grad(m):
+        loss = lambda v: (m.apply_fn(v, x) * jnp.arange(1.0, 3.0)[None]).sum()  # noqa: E731
+        g = jax.grad(loss)
+        return (jax.jit(g) if jitted else g)(m.variables)["params"]
+
+    np.testing.assert_array_equal(same(x), model(x))
+    wanted = np.asarray(x).T @ np.tile([[1.0, 2.0]], (4, 1))
+    for m in (model, same, half):
+        np.testing.assert_allclose(grad(m), wanted, rtol=1e-5)
+
+
 def test_capture_with_mutable_returns_the_updates(small):
     model, _, x = small
     seen_model = cj.capture("conv1/**")(model)
