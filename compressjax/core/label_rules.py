@@ -11,6 +11,7 @@ import numpy as np
 
 from compressjax.core import label_blocks as blocks
 from compressjax.core import label_lookups as lookups
+from compressjax.core import trace
 from compressjax.core.label_lookups import kind_of, out_shapes
 from compressjax.core.label_products import conv, dot
 from compressjax.core.labels import (
@@ -133,6 +134,21 @@ def split(e: Engine, eqn: Any, ins: Sequence[Labels]) -> list[Labels]:
         index[axis] = slice(at, at + int(size))
         outs.append(lookups.index(e, v, index))
         at += int(size)
+    return outs
+
+
+def unstack(e: Engine, eqn: Any, ins: Sequence[Labels]) -> list[Labels]:
+    v, axis = ins[0], eqn.params["axis"]
+    order = [a for a in range(len(v.shape)) if a != axis]
+    outs = []
+    for k in range(v.shape[axis]):
+        cut = [slice(None)] * len(v.shape)
+        cut[axis] = slice(k, k + 1)
+        one = lookups.index(e, v, cut)
+        out = blocks.keep_axes(one, order, [one.shape[a] for a in order])
+        if one.value is not None:
+            out.value = one.value.reshape(out.shape)
+        outs.append(out)
     return outs
 
 
@@ -278,7 +294,7 @@ def _first_off(e: Engine, v: Labels) -> Labels:
 
 def scan(e: Engine, eqn: Any, ins: Sequence[Labels]) -> list[Labels]:
     p = eqn.params
-    nc, nk = p["num_consts"], p["num_carry"]
+    nc, nk = trace.scan_sizes(eqn)
     where = e.where
     consts, carry, xs = ins[:nc], list(ins[nc : nc + nk]), ins[nc + nk :]
     xs = [_first_off(e, v) for v in xs]
@@ -357,6 +373,7 @@ RULES: dict[str, Any] = {
     "slice": slice_,
     "split": split,
     "squeeze": squeeze,
+    "unstack": unstack,
     "top_k": top_k,
     "transpose": transpose,
 }

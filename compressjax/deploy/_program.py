@@ -11,7 +11,9 @@ from compressjax.core import straight_through
 from compressjax.core import trace as tracing
 
 # Equations that only move entries.
-LAYOUT = frozenset(("reshape", "transpose", "squeeze", "slice", "rev", "copy", "split"))
+LAYOUT = frozenset(
+    ("reshape", "transpose", "squeeze", "slice", "rev", "copy", "split", "unstack")
+)
 
 
 def spec(aval: Any) -> jax.ShapeDtypeStruct:

@@ -259,7 +259,7 @@ def scan(eqn: Any, ins: Sequence[Live]) -> list[Live]:
     A carry whose dead entries change value from layer to layer runs at full width.
     """
     p = eqn.params
-    nc, nk, length = p["num_consts"], p["num_carry"], p["length"]
+    (nc, nk), length = trace.scan_sizes(eqn), p["length"]
     consts = Crossing(ins[:nc])
     carry = [spell_out(v) for v in Crossing(ins[nc : nc + nk]).values]
     carry = [v if not _has_array_rep(v) else plain(full(v)) for v in carry]

@@ -245,6 +245,18 @@ def split(eqn: Any, ins: Sequence[Live]) -> list[Live]:
     return outs
 
 
+def unstack(eqn: Any, ins: Sequence[Live]) -> list[Live]:
+    v, axis = ins[0], eqn.params["axis"]
+    left = [a for a in range(v.ndim) if a != axis]
+    outs = []
+    for k in range(v.shape[axis]):
+        cuts = [slice(None)] * v.ndim
+        cuts[axis] = slice(k, k + 1)
+        one = expand(index(v, cuts), [axis])
+        outs.append(rename(one, left, [one.shape[a] for a in left]))
+    return outs
+
+
 def rev(eqn: Any, ins: Sequence[Live]) -> list[Live]:
     dims = eqn.params["dimensions"]
     v = ins[0]

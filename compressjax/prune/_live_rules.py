@@ -45,6 +45,7 @@ RULES: dict[str, Rule] = {
     "slice": movement.slice_,
     "split": movement.split,
     "squeeze": movement.squeeze,
+    "unstack": movement.unstack,
     "transpose": movement.transpose,
 }
 TRACKED = (
@@ -53,6 +54,7 @@ TRACKED = (
     movement.reshape,
     movement.squeeze,
     movement.slice_,
+    movement.unstack,
     movement.transpose,
     movement.concatenate,
 )
