@@ -29,7 +29,7 @@ from flax.core import scope as flax_scope
 
 from compressjax.core import errors, trees
 from compressjax.core import trace as tracing
-from compressjax.core.model import Model, Row, Step, Transform
+from compressjax.core.model import Model, Row, Step, Transform, spec_of
 from compressjax.merge import _fold, _program, _segments
 
 # Keywords that choose between training and evaluation: a fused network has only the
@@ -259,10 +259,7 @@ def _finish(program, segments, reasons) -> _fold.Plan:
 def _fused_apply(model: Model, first: _fold.Plan, where: str):
     paths = trees.paths(model.variables)
     specs = dict(zip(paths, jax.tree.leaves(model.variables), strict=True))
-    specs = {
-        p: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
-        for p, x in specs.items()
-    }
+    specs = {p: spec_of(x) for p, x in specs.items()}
     tree = jax.tree.structure(model.variables)
     inner, trainable = model.apply_fn, model.trainable
     folded = first.signature()
