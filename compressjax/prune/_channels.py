@@ -22,7 +22,7 @@ def channels(
     *,
     round_to: int = 1,
     where: str = "**",
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     attention: str = "heads",
     grouped: str = "lanes",
 ) -> Transform:
@@ -35,7 +35,7 @@ def channels(
       round_to: channels kept per group are a multiple of this (hardware lanes). A group
         smaller than it stays whole, and the report says so.
       where: glob over group names and the paths of their producers.
-      exclude: globs of groups to leave alone.
+      exclude: a glob, or several, of groups to leave alone.
       attention: option of `groups`.
       grouped: option of `groups`.
 
@@ -64,7 +64,8 @@ def channels(
     def transform(model: Model) -> Model:
         found = groups(model, attention=attention, grouped=grouped)
         chosen = _select(found, where, "where")
-        excluded = [g for p in exclude for g in _select(found, p, "exclude")]
+        patterns = (exclude,) if isinstance(exclude, str) else exclude
+        excluded = [g for p in patterns for g in _select(found, p, "exclude")]
         keep: dict[ChannelGroup | str, Any] = {}
         rows = []
         for group in found:
