@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from compressjax import merge
@@ -67,13 +66,9 @@ def load(path: str | os.PathLike[str], model: Model | None = None) -> Model:
     for step in history[len(start.history) :]:
         rebuilt = _replay(step, rebuilt)
     leaves = jax.tree_util.tree_leaves_with_path(rebuilt.variables)
-    names = [trees.join(keys) for keys, _ in leaves]
-    now = [
-        [n, list(jnp.shape(x)), str(jnp.result_type(x))]
-        for n, (_, x) in zip(names, leaves, strict=True)
-    ]
-    _check_leaves(now, manifest["leaves"])
-    arrays = _arrays(path, manifest["leaves"])
+    named = [(trees.join(keys), leaf) for keys, leaf in leaves]
+    _check_leaves([_save.described(*each) for each in named], manifest["leaves"])
+    arrays = _arrays(path, named, manifest.get("keys", {}))
     variables = jax.tree.unflatten(jax.tree.structure(rebuilt.variables), arrays)
     return rebuilt.replace(
         variables=variables,
@@ -147,7 +142,9 @@ def _zeroed(model: Model, history: tuple[Step, ...]) -> Model:
             remedy="Pass the Model as it was before the saved transforms.",
         )
     return model.replace(
-        variables=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model.variables)
+        variables=jax.tree.map(
+            lambda x: jnp.zeros(jnp.shape(x), jnp.result_type(x)), model.variables
+        )
     )
 
 
@@ -176,19 +173,25 @@ def _check_leaves(now: list[Any], saved: list[Any]) -> None:
     )
 
 
-def _arrays(path: pathlib.Path, leaves: list[Any]) -> list[Any]:
-    stored = [
-        (f"{k:05d}", tuple(shape), jnp.dtype(dtype))
-        for k, (_, shape, dtype) in enumerate(leaves)
+def _arrays(
+    path: pathlib.Path, named: list[tuple[str, Any]], keys: Mapping[str, str]
+) -> list[Any]:
+    """The saved value of each leaf of the rebuilt network, random keys made again."""
+    wanted = [
+        (name, jax.random.key_data(leaf) if _save.is_key(leaf) else jnp.asarray(leaf))
+        for name, leaf in named
     ]
     found: dict[str, Any] = {}
-    if any(np.prod(shape) for _, shape, _ in stored):
+    if any(leaf.size for _, leaf in wanted):
         with ocp.PyTreeCheckpointer() as checkpointer:
             found = checkpointer.restore((path / _save.ARRAYS).absolute())
     out = []
-    for (key, shape, dtype), (name, *_) in zip(stored, leaves, strict=True):
-        array = found.get(key, np.zeros(shape, dtype) if 0 in shape else None)
-        if array is None or array.shape != shape or array.dtype != dtype:
+    for k, (name, leaf) in enumerate(wanted):
+        array = found.get(f"{k:05d}", None if leaf.size else leaf)
+        if array is None or array.shape != leaf.shape or array.dtype != leaf.dtype:
             raise _bad(path / _save.ARRAYS, f'does not hold the array of "{name}".')
-        out.append(jnp.asarray(array))
+        array = jnp.asarray(array)
+        if name in keys:
+            array = jax.random.wrap_key_data(array, impl=keys[name])
+        out.append(array)
     return out

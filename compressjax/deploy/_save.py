@@ -2,7 +2,8 @@
 
     path/manifest.json    history, input shapes, the leaves in order, the report; the
                           size and SHA-256 of every other file, and of itself
-    path/arrays/          one array a leaf, in its own type, named by its position
+    path/arrays/          one array a leaf, in its own type, named by its position; of a
+                          random key its data (the manifest names the generator)
 
 Nothing is pickled. A directory is written beside `path` and renamed when it is whole.
 """
@@ -35,20 +36,23 @@ def save(path: str | os.PathLike[str], model: Model) -> None:
         from the directory alone, any other needs its original Model again.
 
     Raises:
-      UnsupportedError: if a variable is not a numeric array, or an input is not an
+      UnsupportedError: if a variable is a shape without values, or an input is not an
         array alone.
     """
     path = pathlib.Path(os.path.abspath(path))
-    arrays = {}
+    arrays, keys = {}, {}
     for k, (name, leaf) in enumerate(_leaves(model)):
-        if isinstance(leaf, jax.ShapeDtypeStruct) or _is_key(leaf):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
             raise errors.UnsupportedError(
                 f"a {type(leaf).__name__} of type {leaf.dtype} cannot be stored.",
                 path=name,
                 operation="deploy.save",
-                remedy="Give the Model its arrays (for a key: jax.random.key_data).",
+                remedy="Give the Model its arrays.",
             )
-        arrays[f"{k:05d}"] = np.asarray(leaf)
+        if is_key(leaf):
+            keys[name] = str(jax.random.key_impl(leaf))
+            leaf = jax.random.key_data(leaf)
+        arrays[f"{k:05d}"] = np.asarray(leaf, jax.numpy.result_type(leaf))
     manifest = {
         "format": FORMAT,
         "history": [[s.name, s.text] for s in model.history],
@@ -56,10 +60,8 @@ def save(path: str | os.PathLike[str], model: Model) -> None:
         "trainable": list(model.trainable),
         "bits": {k: list(v) for k, v in model.bits.items()},
         "report": [dataclasses.astuple(r) for r in model.report],
-        "leaves": [
-            [name, list(a.shape), str(a.dtype)]
-            for (name, _), a in zip(_leaves(model), arrays.values(), strict=True)
-        ],
+        "leaves": [described(name, leaf) for name, leaf in _leaves(model)],
+        "keys": keys,
     }
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,8 +92,13 @@ def _leaves(model: Model) -> list[tuple[str, Any]]:
     return [(trees.join(keys), leaf) for keys, leaf in leaves]
 
 
-def _is_key(leaf: Any) -> bool:
-    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended)
+def is_key(leaf: Any) -> bool:
+    return jax.numpy.issubdtype(jax.numpy.result_type(leaf), jax.dtypes.prng_key)
+
+
+def described(name: str, leaf: Any) -> list[Any]:
+    """[path, shape, type] of a leaf, as the manifest has it."""
+    return [name, list(jax.numpy.shape(leaf)), str(jax.numpy.result_type(leaf))]
 
 
 def _spec(x: Any) -> list[Any]:

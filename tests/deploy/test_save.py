@@ -116,6 +116,7 @@ def test_kinds_of_leaves_and_replacing(tmp_path):
         "params": {
             "half": jnp.ones((2, 3), jnp.bfloat16),
             "scalar": jnp.float32(3),
+            "double": np.arange(3.0),  # NumPy's own; JAX computes with it in float32
             "empty": jnp.zeros((0, 4)),
             "list": [jnp.arange(3), jnp.array([True, False])],
             "with/slash": {"a/b": jnp.ones(2)},
@@ -129,13 +130,52 @@ def test_kinds_of_leaves_and_replacing(tmp_path):
         assert jax.tree.structure(loaded.variables) == jax.tree.structure(tree)
         jax.tree.map(np.testing.assert_array_equal, loaded.variables, changed)
         assert loaded.variables["params"]["half"].dtype == jnp.bfloat16
+        assert loaded.variables["params"]["double"].dtype == jnp.float32
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-def test_what_cannot_be_saved(tmp_path):
-    model = cj.from_function(
-        lambda p, x: x, {"key": jax.random.key(0)}, jnp.ones((1, 2))
+def test_random_streams_come_back(tmp_path):
+    """An NNX network with dropout, and a key of another generator."""
+    from flax import nnx
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(6, 4, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(self.dense(x))
+
+    x = jax.random.normal(jax.random.key(0), (3, 6))
+    model = cj.from_nnx(Net(nnx.Rngs(7)), x)
+    tuned = cj.deploy.tune(choices={})(model)
+    cj.deploy.save(tmp_path / "m", tuned)
+    loaded = cj.deploy.load(tmp_path / "m", cj.from_nnx(Net(nnx.Rngs(1)), x))
+    np.testing.assert_array_equal(loaded(x), tuned(x))
+    for rngs in (None, {"dropout": jax.random.key(3)}):
+        a, b = (m(x, train=True, rngs=rngs) for m in (tuned, loaded))
+        np.testing.assert_array_equal(a, b)
+        assert not np.array_equal(a, tuned(x))  # dropout was on
+
+    tree = {
+        "key": jax.random.key(5, impl="rbg"),
+        "none": jax.random.split(jax.random.key(0), 0),
+    }
+    net = cj.from_function(
+        lambda p, x: x + jax.random.uniform(p["key"], x.shape), tree, x
     )
-    with pytest.raises(errors.UnsupportedError, match="params/key"):
+    cj.deploy.save(tmp_path / "k", net)
+    again = cj.deploy.load(tmp_path / "k", jax.tree.map(jnp.zeros_like, net))
+    np.testing.assert_array_equal(again(x), net(x))
+    assert again.variables["params"]["none"].shape == (0,)
+    other = net.replace(variables={"params": {**tree, "key": jax.random.key(5)}})
+    with pytest.raises(errors.CheckpointError, match="params/key"):
+        cj.deploy.load(tmp_path / "k", other)
+
+
+def test_what_cannot_be_saved(tmp_path):
+    shape = jax.ShapeDtypeStruct((2,), jnp.float32)
+    model = cj.from_function(lambda p, x: x, {"w": shape}, jnp.ones((1, 2)))
+    with pytest.raises(errors.UnsupportedError, match="params/w"):
         cj.deploy.save(tmp_path / "m", model)
     assert not list(tmp_path.iterdir())
