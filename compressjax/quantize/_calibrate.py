@@ -1,7 +1,7 @@
 """Calibration: input quantizers watch data, in float, and take their ranges from it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from compressjax.core import errors, trees
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model, Step, Transform, zeros_like_spec
+from compressjax.quantize._quantizer import WATCH
 
-_COLLECTION = re.compile(r"quantize_state(_\d+)?")
+TRAINED, OBSERVED = "quantize", "quantize_state"
 OBSERVER = "observer"
+_COLLECTION = re.compile(rf"{OBSERVED}(_\d+)?")
 
 
 def calibrate(batches: Iterable[Any]) -> Transform:
@@ -20,7 +22,8 @@ def calibrate(batches: Iterable[Any]) -> Transform:
 
     All ranges are observed at once on the float network, so that the order of sites
     and of batches (for min-max) does not matter. Calibrating again forgets what was
-    seen before. Weights keep their ranges.
+    seen before. Weights keep their ranges. Trained quantizers take their start from the
+    batches once and move from "quantize_state" to the trained collection "quantize".
 
     Args:
       batches: a re-iterable of input tuples, preprocessed as in evaluation; 100 to 1000
@@ -47,10 +50,11 @@ def calibrate(batches: Iterable[Any]) -> Transform:
         step = jax.jit(_observe(model, names))
         states = {n: model.variables[n] for n in names}
         if _is_calibrated(states):
-            states = _keep(states, ())
+            states = _filter(states, lambda key: False)
         seen = 0
         for batch in batches:
-            states = _keep(states, (OBSERVER,)) if seen else states
+            if seen:
+                states = _filter(states, lambda key: key in (OBSERVER, WATCH))
             states = step({**model.variables, **states}, as_inputs(batch))
             seen += 1
         if not seen:
@@ -59,19 +63,8 @@ def calibrate(batches: Iterable[Any]) -> Transform:
                 operation="quantize.calibrate",
                 remedy="Give a list of input tuples, [(x,), ...].",
             )
-        for path, leaf in trees.flat(states).items():
-            if not path.endswith("/scale") or tracing.is_tracer(leaf):
-                continue
-            if not jnp.all(jnp.isfinite(leaf)):
-                raise errors.RefusedError(
-                    "a range is not finite: network or batches hold NaN or inf.",
-                    path=path,
-                    operation="quantize.calibrate",
-                    remedy="Look at the outputs of cj.capture() on these batches.",
-                )
-        return model.then(
-            Step.of("quantize.calibrate"), variables={**model.variables, **states}
-        )
+        _check_finite(states)
+        return _calibrated(model, states)
 
     return transform
 
@@ -85,10 +78,58 @@ def as_if_calibrated(model: Model) -> Model:
     """The Model with the structure that calibration gives it, and zeros for ranges."""
     names = _collections(model)
     states = jax.eval_shape(_observe(model, names), model.variables, model.inputs)
+    return _calibrated(model, zeros_like_spec(states))
+
+
+def _calibrated(model: Model, states: dict[str, Any]) -> Model:
+    """The Model with these states, those that gradients train in their collection."""
+    variables, trainable = dict(model.variables), list(model.trainable)
+    for name, sites in states.items():
+        trained = TRAINED + name.removeprefix(OBSERVED)
+        moved, left = _split(sites)
+        if moved:
+            old = variables.get(trained, {})
+            variables[trained] = {
+                **old,
+                **{
+                    site: {**old.get(site, {}), **parts}
+                    for site, parts in moved.items()
+                },
+            }
+            if trained not in trainable:
+                trainable.append(trained)
+        variables.pop(name)
+        if left:
+            variables[name] = left
     return model.then(
-        Step.of("quantize.calibrate"),
-        variables={**model.variables, **zeros_like_spec(states)},
+        Step.of("quantize.calibrate"), variables=variables, trainable=tuple(trainable)
     )
+
+
+def _split(sites: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(states that are trained from here on, the others), by site and role."""
+    moved: dict[str, Any] = {}
+    left: dict[str, Any] = {}
+    for site, parts in sites.items():
+        for role, state in parts.items():
+            if WATCH in state:
+                rest = {k: v for k, v in state.items() if k != WATCH}
+                moved.setdefault(site, {})[role] = rest
+            else:
+                left.setdefault(site, {})[role] = state
+    return moved, left
+
+
+def _check_finite(states: Any) -> None:
+    ranges = _filter(states, lambda key: key not in (OBSERVER, WATCH))
+    for path, leaf in trees.flat(ranges).items():
+        if not tracing.is_tracer(leaf) and not jnp.all(jnp.isfinite(leaf)):
+            raise errors.RefusedError(
+                "a range is not finite: network or batches hold NaN or inf.",
+                path=path,
+                operation="quantize.calibrate",
+                remedy="Look at the outputs of cj.capture() on these batches.",
+            )
 
 
 def _collections(model: Model) -> list[str]:
@@ -96,7 +137,7 @@ def _collections(model: Model) -> list[str]:
         name
         for name, states in model.variables.items()
         if _COLLECTION.fullmatch(name)
-        and any(f"/{OBSERVER}/" in f"/{p}" for p in trees.paths(states))
+        and any(map(_watches, jax.tree.leaves(states, is_leaf=_watches)))
     ]
     if not names:
         raise errors.RefusedError(
@@ -115,19 +156,19 @@ def _observe(model: Model, names: list[str]):
     return step
 
 
-def _has_observer(node: Any) -> bool:
-    return isinstance(node, dict) and OBSERVER in node
+def _watches(node: Any) -> bool:
+    return isinstance(node, dict) and (OBSERVER in node or WATCH in node)
 
 
 def _is_calibrated(states: Any) -> bool:
-    nodes = jax.tree.leaves(states, is_leaf=_has_observer)
-    return any(_has_observer(n) and len(n) > 1 for n in nodes)
+    nodes = jax.tree.leaves(states, is_leaf=_watches)
+    return any(_watches(n) and len(n) > 1 for n in nodes)
 
 
-def _keep(states: Any, keys: tuple[str, ...]) -> Any:
-    """Observed states with some of their entries only."""
+def _filter(states: Any, keep: Callable[[str], bool]) -> Any:
+    """States that watch, with some of their entries only."""
 
     def node(x: Any) -> Any:
-        return {k: x[k] for k in keys} if _has_observer(x) else x
+        return {k: v for k, v in x.items() if keep(k)} if _watches(x) else x
 
-    return jax.tree.map(node, states, is_leaf=_has_observer)
+    return jax.tree.map(node, states, is_leaf=_watches)

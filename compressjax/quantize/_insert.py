@@ -11,7 +11,9 @@ activations has both operands quantized by the input quantizer.
 The states lie in the collections "quantize" (trained steps) and "quantize_state" (what
 is observed), a second insertion in "quantize_1" and "quantize_state_1", as
 {site: {"weights": state, "inputs": state}}. "weights" is the second operand of a
-product of activations. Inside `scan` the states carry a leading layer axis.
+product of activations. Inside `scan` the states carry a leading layer axis. A trained
+quantizer that takes its start from data lies in "quantize_state" until `calibrate`
+moves it over. A state without arrays is not stored.
 
 With "quantize_state" in `mutable`:
   - while an input has seen no data, the network runs in float and only observes;
@@ -30,18 +32,11 @@ import jax.numpy as jnp
 from flax.core import scope as flax_scope
 
 from compressjax.core import errors, rewrite, trees
-from compressjax.core.model import (
-    Model,
-    Row,
-    Step,
-    Transform,
-    fresh_name,
-    zeros_like_spec,
-)
-from compressjax.quantize import _calibrate, _uniform
-from compressjax.quantize._quantizer import Quantizer
+from compressjax.core.model import Model, Row, Step, Transform, zeros_like_spec
+from compressjax.quantize import _calibrate, _settings
+from compressjax.quantize._calibrate import OBSERVED, TRAINED
+from compressjax.quantize._quantizer import WATCH, Quantizer
 
-TRAINED, OBSERVED = "quantize", "quantize_state"
 Pair = tuple[Quantizer | None, Quantizer | None]
 Override = Mapping[str, Quantizer | None] | None
 
@@ -88,12 +83,10 @@ def insert(
     def transform(model: Model) -> Model:
         rewriter = rewrite.Rewriter(model, where)
         plan, rows = _plan(rewriter, weights, inputs, where, chosen_overrides)
-        names = (
-            fresh_name(TRAINED, model.variables),
-            fresh_name(OBSERVED, model.variables),
-        )
-        apply_fn = _apply(rewriter, plan, *names)
-        trained, observed = _split(plan, _initial(rewriter, plan, model))
+        names = _fresh_names(model.variables)
+        initial = _initial(rewriter, plan, model)
+        apply_fn = _apply(rewriter, plan, _stateless(initial), *names)
+        trained, observed = _split(plan, initial)
         new = {names[0]: trained} if trained else {}
         new |= {names[1]: observed} if observed else {}
         step = Step.of(
@@ -218,15 +211,36 @@ def _initial(rewriter, plan: Mapping[str, Pair], model: Model) -> dict[str, Any]
     return jax.jit(states)(model.variables, zeros_like_spec(model.inputs))
 
 
+def _fresh_names(variables: Mapping[str, Any]) -> tuple[str, str]:
+    """(trained, observed) collection of a new insertion, numbered alike."""
+    suffix, k = "", 0
+    while TRAINED + suffix in variables or OBSERVED + suffix in variables:
+        k += 1
+        suffix = f"_{k}"
+    return TRAINED + suffix, OBSERVED + suffix
+
+
+def _stateless(states: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
+    """(site, role) of the quantizers whose state has no arrays."""
+    return frozenset(
+        (name, role)
+        for name, parts in states.items()
+        for role, state in parts.items()
+        if not jax.tree.leaves(state)
+    )
+
+
 def _split(plan: Mapping[str, Pair], states: Mapping[str, Any]) -> tuple[dict, dict]:
-    """(states of trained quantizers, states that only updates move)."""
+    """(states that gradients train, states that only updates move)."""
     trained: dict[str, Any] = {}
     observed: dict[str, Any] = {}
     for name, parts in states.items():
         for role, state in parts.items():
+            if not jax.tree.leaves(state):
+                continue
             q = plan[name][0 if role == "weights" else 1]
-            into = trained if q is not None and q.trained else observed
-            into.setdefault(name, {})[role] = state
+            learns = q is not None and q.trained and WATCH not in state
+            (trained if learns else observed).setdefault(name, {})[role] = state
     return trained, observed
 
 
@@ -248,7 +262,13 @@ def _without(mutable: Any, name: str) -> Any:
     return mutable
 
 
-def _apply(rewriter, plan: Mapping[str, Pair], trained: str, observed: str):
+def _apply(
+    rewriter,
+    plan: Mapping[str, Pair],
+    stateless: frozenset[tuple[str, str]],
+    trained: str,
+    observed: str,
+):
     inner = rewriter.apply_fn
 
     def unready(states) -> str | None:
@@ -263,6 +283,7 @@ def _apply(rewriter, plan: Mapping[str, Pair], trained: str, observed: str):
     @functools.wraps(inner)
     def apply_fn(variables, *args, **kwargs):
         variables = dict(variables)
+        has_observed = observed in variables
         states = _join(variables.pop(trained, {}), variables.pop(observed, {}))
         mutable = kwargs.get("mutable", False)
         observing = mutable is not False and flax_scope.in_filter(mutable, observed)
@@ -288,7 +309,8 @@ def _apply(rewriter, plan: Mapping[str, Pair], trained: str, observed: str):
             for role, q in zip(values, plan[site.name], strict=True):
                 if q is None:
                     continue
-                if state is None or role not in state:
+                missing = role not in (state or {})
+                if missing and (site.name, role) not in stateless:
                     raise errors.RefusedError(
                         f"the quantizer of its {role} has no state.",
                         path=site.name,
@@ -296,8 +318,9 @@ def _apply(rewriter, plan: Mapping[str, Pair], trained: str, observed: str):
                         remedy=f'Pass the collections "{trained}" and "{observed}" of '
                         "the Model on with its variables.",
                     )
-                part, value = state[role], values[role]
-                if observing and q.update is not None and not q.trained:
+                part, value = (state or {}).get(role, {}), values[role]
+                watching = not q.trained or WATCH in part
+                if observing and q.update is not None and watching and not missing:
                     part = q.update(part or q.init(_spec(value)), value)
                     new[role] = part
                 if waiting is None:
@@ -308,10 +331,11 @@ def _apply(rewriter, plan: Mapping[str, Pair], trained: str, observed: str):
         if not observing:
             return out
         out, updates = (out, {}) if inner_mutable is False else out
+        if not has_observed:
+            return out, updates
         _, before = _split(plan, states)
         _, after = _split(plan, new)
-        kept = {name: {**before[name], **after.get(name, {})} for name in before}
-        return out, {**updates, observed: kept}
+        return out, {**updates, observed: _join(before, after)}
 
     return apply_fn
 
@@ -329,15 +353,7 @@ def replay(step: Step) -> Transform:
         return _calibrate.as_if_calibrated
 
     def quantizer(text: str | None) -> Quantizer | None:
-        if text is None:
-            return None
-        if not text:
-            raise errors.CheckpointError(
-                "a quantizer made by hand cannot be rebuilt from its settings.",
-                operation=step.name,
-                remedy="Pass the original Model: load(path, model=...).",
-            )
-        return _uniform.from_settings(text)
+        return None if text is None else _settings.quantizer(text)
 
     s = step.settings
     overrides = {

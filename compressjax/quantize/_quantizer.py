@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 State = dict[str, Any]
+WATCH = "watch"  # what a trained quantizer of inputs has seen before it starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +21,14 @@ class Quantizer:
       apply: ``apply(state, x) -> x_hat``, straight-through gradients inside.
       update: ``update(state, x) -> state``, for quantizers that watch their input;
         the result is always ready for `apply`. None: the state never changes by itself.
+        A trained quantizer starts from data through it: init of a ShapeDtypeStruct
+        gives {"watch": ...}, update adds what gradients train, and `calibrate` drops
+        "watch". From then on only gradients move it.
       bits: word length.
       trained: True if gradients train the state; False if only `update` moves it.
       ready: ``ready(state) -> bool``, True if `apply` may be called. Looks at the
         structure alone.
-      settings: canonical JSON text that `from_settings` builds the quantizer from
+      settings: canonical JSON text that `_settings.quantizer` builds it from
         again; "" for one made by hand, which `deploy.load` then cannot replay.
     """
 

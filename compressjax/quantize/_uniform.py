@@ -16,7 +16,6 @@ Differs: a channel narrower than 2^-20 of the widest takes that width, so that a
 channel has a usable step.
 """
 
-import json
 from typing import Any
 
 import jax
@@ -130,16 +129,3 @@ def uniform(
             observer=observer.settings,
         ),
     )
-
-
-def from_settings(text: str) -> _quantizer.Quantizer:
-    """The quantizer with these `settings`.
-
-    >>> from_settings(uniform(4, signed=False, narrow=False).settings).bits
-    4
-    """
-    settings = json.loads(text)
-    if settings.pop("name") != "uniform":
-        raise ValueError(f"not the settings of a uniform quantizer: {text}")
-    settings["observer"] = observers.from_settings(settings["observer"])
-    return uniform(settings.pop("bits"), **settings)

@@ -12,6 +12,7 @@ from compressjax.core import errors, trees
 from compressjax.core import trace as tracing
 from compressjax.quantize import (
     Quantizer,
+    _settings,
     calibrate,
     insert,
     observers,
@@ -525,6 +526,122 @@ def test_trained_quantizers_get_a_trained_collection(model):
     )(q.select_trainable())
     gain = grads["quantize"]["params/head/kernel"]["weights"]["gain"]
     assert float(jnp.abs(gain)) > 0
+
+
+def gain(**attributes):
+    """A gain stands for a learned step: of inputs it starts as the largest |x| seen."""
+
+    def init(x, *, channel_axis=None):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return {"watch": {"top": jnp.zeros(())}}
+        return {"gain": jnp.ones(())}
+
+    def update(state, x):
+        top = jnp.maximum(state["watch"]["top"], jnp.max(jnp.abs(x)))
+        return {"watch": {"top": top}, "gain": top}
+
+    return Quantizer(
+        init,
+        lambda s, x: s["gain"] * x,
+        update,
+        trained=True,
+        ready=lambda s: "gain" in s,
+        **attributes,
+    )
+
+
+def test_trained_quantizers_of_inputs_start_from_data(model):
+    raw = insert(gain(), gain(), where="{conv2,head}/**")(model)
+    name, x = "params/head/kernel", batches()[0][0]
+    # Until there is data it is observed, and not trained.
+    assert set(raw.variables["quantize"][name]) == {"weights"}
+    assert set(raw.variables["quantize_state"][name]["inputs"]) == {"watch"}
+    with pytest.raises(errors.NotCalibratedError, match="calibrate"):
+        raw(x)
+    q = calibrate(batches())(raw)
+    assert "quantize_state" not in q.variables
+    assert q.trainable == ("params", "quantize")
+    state = q.variables["quantize"][name]
+    assert jax.tree.structure(state) == jax.tree.structure(
+        {"weights": {"gain": 0}, "inputs": {"gain": 0}}
+    )
+    top = 0.0
+    for (x,) in batches():
+        read = []  # what the head reads, in the float network
+        spy = cj.rewrite(lambda s, op, x, w: (read.append(x), op(x, w))[1], "head/**")  # noqa: B023
+        spy(model)(x)
+        top = max(top, float(jnp.max(jnp.abs(read[0]))))
+    np.testing.assert_allclose(state["inputs"]["gain"], top, rtol=1e-6)
+    # Nothing watches any more: `mutable` changes nothing, and calibrate says so.
+    out, updates = q.apply_fn(q.variables, x, mutable=["quantize_state"])
+    assert updates == {}
+    np.testing.assert_array_equal(out, q(x))
+    with pytest.raises(errors.RefusedError, match="no input quantizer"):
+        calibrate(batches())(q)
+    grads = jax.grad(lambda t: jnp.sum(q.apply_fn({**q.variables, **t}, x) ** 2))(
+        q.select_trainable()
+    )
+    assert all(float(jnp.abs(g)) > 0 for g in jax.tree.leaves(grads["quantize"]))
+
+
+def test_each_insertion_fills_its_own_trained_collection(model):
+    """Trained inputs next to observed weights, alone, and before observed ones."""
+    first = insert(W8, gain(), where="conv2/**", batches=batches())(model)
+    q = insert(None, gain(), where="head/**", batches=batches())(first)
+    name = "params/conv2/kernel"
+    assert set(q.variables["quantize"][name]) == {"inputs"}
+    assert set(q.variables["quantize_state"][name]) == {"weights"}
+    assert set(q.variables["quantize_1"]["params/head/kernel"]) == {"inputs"}
+    assert "quantize_state_1" not in q.variables
+    assert q.trainable == ("params", "quantize", "quantize_1")
+    late = insert(W8, A8, where="conv1/**", batches=batches())(q)
+    assert "quantize_state_2" in late.variables and "quantize_2" not in late.variables
+    np.testing.assert_array_equal(
+        late.variables["quantize"][name]["inputs"]["gain"],
+        q.variables["quantize"][name]["inputs"]["gain"],
+    )
+
+
+def test_replay_gives_the_structure_of_trained_inputs(model, monkeypatch):
+    monkeypatch.setitem(_settings.FACTORIES, "gain", lambda: gain(settings=text))
+    text = '{"name": "gain"}'
+    q = insert(_settings.quantizer(text), gain(settings=text), batches=batches())(model)
+    m = model.replace(variables=jax.tree.map(jnp.zeros_like, model.variables))
+    for step in q.history[len(model.history) :]:
+        m = replay(step)(m)
+    spec = lambda v: jax.tree.map(lambda a: (a.shape, str(a.dtype)), v)  # noqa: E731
+    assert spec(m.variables) == spec(q.variables)
+    assert (m.trainable, m.history) == (q.trainable, q.history)
+    with pytest.raises(errors.CheckpointError, match="gone"):
+        _settings.quantizer('{"name": "gone"}')
+
+
+def test_trained_inputs_of_scanned_layers(key):
+    def net(p, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+
+    w = jax.random.normal(key, (3, 4, 4))
+    m = cj.from_function(net, {"w": w}, jnp.ones((2, 4)))
+    data = batches(2, (2, 4))
+    q = insert(gain(), gain(), batches=data)(m)
+    state = q.variables["quantize"]["params/w"]
+    assert state["weights"]["gain"].shape == state["inputs"]["gain"].shape == (3,)
+    tops = np.zeros(3)
+    for (x,) in data:
+        for i in range(3):
+            tops[i] = max(tops[i], float(jnp.max(jnp.abs(x))))
+            x = jnp.tanh(x @ w[i])
+    np.testing.assert_allclose(state["inputs"]["gain"], tops, rtol=1e-6)
+
+
+def test_a_quantizer_without_arrays_is_not_stored(model):
+    half = Quantizer(lambda x, channel_axis=None: {}, lambda s, x: x / 2, trained=True)
+    q = insert(half, A8, where="head/**", batches=batches())(model)
+    assert set(q.variables["quantize_state"]["params/head/kernel"]) == {"inputs"}
+    assert q.trainable == ("params",)
+    bare = insert(half, where="head/**")(model)
+    assert set(bare.variables) == set(model.variables)
+    assert bare(batches()[0][0]).shape == (4, 3)
 
 
 def test_shapes_alone_are_enough(model):

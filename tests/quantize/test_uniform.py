@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compressjax.quantize import _uniform, observers, uniform
+from compressjax.quantize import _settings, observers, uniform
 
 
 def test_by_hand_symmetric():
@@ -194,7 +194,7 @@ def test_bad_settings_are_refused(make):
 
 def test_settings_build_the_same_quantizer_again(key):
     q = uniform(5, symmetric=False, observer=observers.percentile(99.0))
-    again = _uniform.from_settings(q.settings)
+    again = _settings.quantizer(q.settings)
     assert again.settings == q.settings and again.bits == 5
     x = jax.random.normal(key, (1000,))
     jax.tree.map(np.testing.assert_array_equal, again.init(x), q.init(x))

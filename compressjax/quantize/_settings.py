@@ -1,0 +1,47 @@
+"""A quantizer from its settings: the table of names that `deploy.load` replays.
+
+A setting called "observer" holds the settings of an observer, one called "quantizer"
+those of another quantizer; all others are arguments of the factory.
+"""
+
+import json
+from collections.abc import Callable
+
+from compressjax.core import errors
+from compressjax.quantize import _quantizer, _uniform, observers
+
+# Name in the settings -> factory.
+FACTORIES: dict[str, Callable[..., _quantizer.Quantizer]] = {
+    "uniform": _uniform.uniform,
+}
+
+
+def quantizer(text: str) -> _quantizer.Quantizer:
+    """The quantizer with these `settings`.
+
+    Raises:
+      CheckpointError: if it was made by hand, so that no settings tell it, or its name
+        is not in the table.
+
+    >>> quantizer(cj.quantize.uniform(4, signed=False, narrow=False).settings).bits
+    4
+    """
+    if not text:
+        raise errors.CheckpointError(
+            "a quantizer made by hand cannot be rebuilt from its settings.",
+            operation="quantize.insert",
+            remedy="Pass the original Model: load(path, model=...).",
+        )
+    settings = json.loads(text)
+    name = settings.pop("name")
+    if name not in FACTORIES:
+        raise errors.CheckpointError(
+            f'there is no quantizer "{name}"; there are {sorted(FACTORIES)}.',
+            operation="quantize.insert",
+            remedy="Load it with the version that saved it.",
+        )
+    if "observer" in settings:
+        settings["observer"] = observers.from_settings(settings["observer"])
+    if isinstance(settings.get("quantizer"), str):
+        settings["quantizer"] = quantizer(settings["quantizer"])
+    return FACTORIES[name](**settings)
