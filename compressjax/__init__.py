@@ -2,6 +2,7 @@
 
 from compressjax import costs as costs
 from compressjax import deploy as deploy
+from compressjax import losses as losses
 from compressjax import merge as merge
 from compressjax import models as models
 from compressjax import prune as prune

@@ -1,0 +1,177 @@
+"""Losses of a small network that learns from a large one, and of weights at rest.
+
+    distillation                 tau^2 KL(softmax(t / tau) || softmax(s / tau))
+    cross_entropy_distillation   (1 - a) CE(s, label) + a distillation(s, t)
+    feature_error                mean over layers of ||S_l - T_l||^2 / ||T_l||^2
+    damping                      sum (w_hat - clip(w, lo, hi))^2
+
+s and t are the logits of student and teacher, S_l and T_l their features. No gradient
+reaches a teacher. Plain functions of arrays, one number an example where there are
+examples; the factor in front and its schedule are the caller's.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Array = Any
+
+
+def distillation(student: Array, teacher: Array, *, temperature: float = 1.0) -> Array:
+    """How far the softened answers of a student are from those of its teacher.
+
+        L = tau^2 sum_k p_k (log p_k - log q_k),  p = softmax(t/tau), q = softmax(s/tau)
+
+    tau^2 keeps the gradient's size: for large tau dL/ds_k -> (s_k - t_k) / K with both
+    logits centred (K classes); at any tau it is tau (q_k - p_k).
+
+    Args:
+      student: f32[..., K], logits s.
+      teacher: f32[..., K], logits t; gets no gradient.
+      temperature: tau > 0.
+
+    Returns:
+      f32[...], nats, >= 0.
+
+    Raises:
+      ValueError: if tau is not positive or the shapes differ.
+
+    Paper: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015,
+    arXiv 1503.02531, section 2.
+
+    >>> s, t = jnp.zeros((1, 2)), jnp.log(jnp.array([[3.0, 1.0]]))
+    >>> round(float(distillation(s, t)[0]), 4)  # 3/4 log 3/2 + 1/4 log 1/2
+    0.1308
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: give a positive number.")
+    _same_shape(student, teacher)
+    tau = temperature
+    log_q = jax.nn.log_softmax(student / tau)
+    log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / tau)
+    return tau**2 * optax.losses.kl_divergence_with_log_targets(log_q, log_p)
+
+
+def cross_entropy_distillation(
+    student: Array,
+    label: Array,
+    teacher: Array,
+    *,
+    temperature: float = 4.0,
+    weight: float = 0.9,
+) -> Array:
+    """Cross entropy with the labels, and distillation from the teacher.
+
+        L = (1 - a) CE(s, label) + a tau^2 KL(p || q)
+
+    Args:
+      student: f32[..., K], logits.
+      label: i32[...], classes.
+      teacher: f32[..., K], logits; gets no gradient.
+      temperature: tau > 0.
+      weight: a in [0, 1].
+
+    Returns:
+      f32[...], nats.
+
+    Raises:
+      ValueError: if the weight is outside [0, 1].
+
+    Paper: Hinton, Vinyals, Dean, arXiv 1503.02531.
+
+    >>> s, t = jnp.zeros((1, 2)), jnp.log(jnp.array([[3.0, 1.0]]))
+    >>> loss = cross_entropy_distillation(s, jnp.array([0]), t, temperature=1.0,
+    ...                                   weight=0.5)
+    >>> round(float(loss[0]), 4)  # (log 2 + 0.1308) / 2
+    0.412
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight={weight}: give a number in [0, 1].")
+    hard = optax.softmax_cross_entropy_with_integer_labels(student, label)
+    soft = distillation(student, teacher, temperature=temperature)
+    return (1 - weight) * hard + weight * soft
+
+
+def feature_error(student: Any, teacher: Any) -> Array:
+    """Squared error of features, relative to the teacher's, averaged over layers.
+
+        L_n = 1/L sum_l ||S_nl - T_nl||^2 / ||T_nl||^2
+
+    Args:
+      student: f32[N, ...] or any pytree of them, such as what `cj.capture` returns.
+      teacher: the same structure and shapes; gets no gradient.
+
+    Returns:
+      f32[N], unitless: 0 if equal, 1 for a student that says nothing. Where a
+      teacher's feature is zero everywhere, ||S_nl||^2 itself is counted.
+
+    Raises:
+      ValueError: if structures or shapes differ, or there is no feature.
+
+    Paper: Ye, Zhang, Wang, Distillation Guided Residual Learning for Binary
+    Convolutional Neural Networks, 2020, arXiv 2007.05223 (block-wise distillation).
+    Differs: the norm is taken for each example, so that loud examples weigh no more.
+
+    >>> feature_error(jnp.array([[1.0, 1.0]]), jnp.array([[1.0, 2.0]])).tolist()
+    [0.20000000298023224]
+    """
+    if jax.tree.structure(student) != jax.tree.structure(teacher):
+        raise ValueError(
+            f"student and teacher have other features: {jax.tree.structure(student)} "
+            f"and {jax.tree.structure(teacher)}. Capture the same sites of both."
+        )
+    pairs = list(zip(jax.tree.leaves(student), jax.tree.leaves(teacher), strict=True))
+    if not pairs:
+        raise ValueError("there is no feature: capture at least one site.")
+    terms = []
+    for s, t in pairs:
+        _same_shape(s, t)
+        t = jax.lax.stop_gradient(t)
+        size = _square(t)
+        terms.append(_square(s - t) / jnp.where(size > 0, size, 1.0))
+    return sum(terms[1:], terms[0]) / len(terms)
+
+
+def damping(w: Array, w_hat: Array, lo: Array, hi: Array) -> Array:
+    """How far weights are from the grid points that they are rounded to.
+
+        L = sum (w_hat - clip(w, lo, hi))^2
+        dL/dw = 2 (w - w_hat) where lo <= w <= hi, else 0
+
+    Straight-through gradients let a weight next to a rounding border jump over it and
+    back; this pulls it to the middle of its bin, away from both borders. Ramp its
+    factor up from 0, so that weights move freely first.
+
+    Args:
+      w: f32[...], latent weights.
+      w_hat: the same shape, quantized; gets no gradient.
+      lo: smallest value of the grid, broadcastable to w; gets no gradient.
+      hi: largest value of the grid.
+
+    Returns:
+      f32[], square of the weight's unit.
+
+    Paper: Nagel, Fournarakis, Bondarenko, Blankevoort, Overcoming Oscillations in
+    Quantization-Aware Training, ICML 2022, arXiv 2203.11086, eq. 5.
+
+    >>> w = jnp.array([0.4, 1.4, 9.0])
+    >>> float(damping(w, jnp.array([0.0, 1.0, 1.0]), -2.0, 1.0))
+    0.1600000113248825
+    """
+    w_hat, lo, hi = jax.lax.stop_gradient((w_hat, lo, hi))
+    return jnp.sum(jnp.square(w_hat - jnp.clip(w, lo, hi)))
+
+
+def _square(x: Array) -> Array:
+    """f32[N]: the sum of squares of each example."""
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=tuple(range(1, x.ndim)))
+
+
+def _same_shape(student: Array, teacher: Array) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the student gives {student.shape}, the teacher {teacher.shape}: "
+            "they must agree."
+        )

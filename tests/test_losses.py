@@ -1,0 +1,156 @@
+"""Distillation losses and damping: hand-worked, their gradients, and their limits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from compressjax import losses
+
+
+def logits(key, shape=(5, 7)):
+    s, t = jax.random.normal(key, (2, *shape))
+    return s, 3 * t
+
+
+# -- distillation -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+def test_distillation_is_the_formula(key, tau):
+    s, t = logits(key)
+    p, q = (scipy.special.softmax(np.float64(x) / tau, axis=-1) for x in (t, s))
+    want = tau**2 * np.sum(p * np.log(p / q), axis=-1)
+    got = losses.distillation(s, t, temperature=tau)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    grad = jax.grad(lambda s: losses.distillation(s, t, temperature=tau).sum())(s)
+    np.testing.assert_allclose(grad, tau * (q - p), atol=1e-5)
+
+
+def test_distillation_by_hand():
+    # p = (3/4, 1/4), q = (1/2, 1/2): 3/4 log 3/2 + 1/4 log 1/2 = .304099 - .173287
+    s, t = jnp.zeros((1, 2)), jnp.log(jnp.array([[3.0, 1.0]]))
+    assert abs(float(losses.distillation(s, t)[0]) - 0.130812) < 1e-6
+    # tau = 2: odds sqrt 3, p = (.633975, .366025); the sum is .036341, times 4
+    soft = losses.distillation(s, t, temperature=2.0)
+    assert abs(float(soft[0]) - 0.145363) < 1e-5
+
+
+def test_equal_logits_and_shifted_logits_cost_nothing(key):
+    _, t = logits(key)
+    np.testing.assert_allclose(losses.distillation(t, t), 0, atol=1e-6)
+    np.testing.assert_allclose(losses.distillation(t + 5, t), 0, atol=1e-5)
+
+
+def test_a_high_temperature_matches_centred_logits(key):
+    """dL/ds -> (s - t) / K: the contrast with tau = 1, where it is q - p."""
+    s, t = (x - x.mean(-1, keepdims=True) for x in logits(key))
+
+    def grad(tau):
+        return jax.grad(lambda s: losses.distillation(s, t, temperature=tau).sum())(s)
+
+    np.testing.assert_allclose(grad(300.0), (s - t) / 7, atol=0.01)
+    assert float(jnp.max(jnp.abs(grad(1.0) - (s - t) / 7))) > 0.2
+
+
+def test_no_gradient_reaches_the_teacher(key):
+    s, t = logits(key)
+    label = jnp.zeros((5,), jnp.int32)
+    for fn in (
+        lambda t: losses.distillation(s, t).sum(),
+        lambda t: losses.cross_entropy_distillation(s, label, t).sum(),
+        lambda t: losses.feature_error(s, t).sum(),
+    ):
+        assert float(jnp.max(jnp.abs(jax.grad(fn)(t)))) == 0
+
+
+def test_certain_answers_stay_finite():
+    s, t = jnp.array([[0.0, 1e4]]), jnp.array([[1e4, 0.0]])
+    value, grad = jax.value_and_grad(lambda s: losses.distillation(s, t).sum())(s)
+    assert np.isfinite(value) and np.all(np.isfinite(grad))
+
+
+def test_the_mixture_is_a_weighted_mean(key):
+    s, t = logits(key)
+    label = jnp.array([0, 1, 2, 3, 4])
+    mixed = losses.cross_entropy_distillation
+    hard = mixed(s, label, t, weight=0.0)
+    want = -np.log(scipy.special.softmax(np.float64(s), -1)[np.arange(5), label])
+    np.testing.assert_allclose(hard, want, rtol=1e-5)
+    soft = mixed(s, label, t, weight=1.0, temperature=2.0)
+    np.testing.assert_array_equal(soft, losses.distillation(s, t, temperature=2.0))
+    half = mixed(s, label, t, weight=0.25, temperature=2.0)
+    np.testing.assert_allclose(half, 0.75 * hard + 0.25 * soft, rtol=1e-6)
+
+
+# -- features -----------------------------------------------------------------
+
+
+def test_feature_error_by_hand():
+    # example 0: (1 + 0) / (1 + 4) = .2 and 4 / 16 = .25; example 1: 0 and 9 / 9
+    teacher = {
+        "a": jnp.array([[1.0, 2.0], [1.0, 1.0]]),
+        "b": jnp.array([[4.0], [3.0]]),
+    }
+    student = {
+        "a": jnp.array([[0.0, 2.0], [1.0, 1.0]]),
+        "b": jnp.array([[2.0], [0.0]]),
+    }
+    got = losses.feature_error(student, teacher)
+    np.testing.assert_allclose(got, [0.225, 0.5], rtol=1e-6)
+
+
+def test_feature_error_is_relative_and_zero_for_equals(key):
+    s, t = logits(key, (3, 4, 4, 2))
+    np.testing.assert_allclose(
+        losses.feature_error(100 * s, 100 * t), losses.feature_error(s, t), rtol=1e-5
+    )
+    value, grad = jax.value_and_grad(lambda s: losses.feature_error(s, t).sum())(t)
+    assert float(value) == 0 and float(jnp.max(jnp.abs(grad))) == 0
+
+
+def test_a_silent_teacher_divides_by_one():
+    s = jnp.array([[2.0]])
+    value, grad = jax.value_and_grad(lambda s: losses.feature_error(s, 0 * s).sum())(s)
+    assert float(value) == 4 and float(grad[0, 0]) == 4
+
+
+# -- damping ------------------------------------------------------------------
+
+
+def test_damping_by_hand():
+    # grid -2..1: .4 -> 0 and 1.4 -> 1, which is clipped, like 9: only .4 counts
+    w, w_hat = jnp.array([0.4, 1.4, 9.0]), jnp.array([0.0, 1.0, 1.0])
+    value, grad = jax.value_and_grad(losses.damping)(w, w_hat, -2.0, 1.0)
+    assert abs(float(value) - 0.16) < 1e-6
+    np.testing.assert_allclose(grad, [0.8, 0, 0], rtol=1e-6)
+
+
+def test_damping_pulls_to_the_nearest_grid_point():
+    """The contrast: plain decay pulls .8 away from its grid point 1, to 0."""
+    w = jnp.array([0.8, -1.3, 0.3])
+    for _ in range(60):
+        w = w - 0.1 * jax.grad(losses.damping)(w, jnp.rint(w), -2.0, 1.0)
+    np.testing.assert_allclose(w, [1, -1, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda a, b: losses.distillation(a, b), "must agree"),
+        (lambda a, b: losses.distillation(a, a, temperature=0.0), "positive"),
+        (
+            lambda a, b: losses.cross_entropy_distillation(
+                a, jnp.array([0]), a, weight=2.0
+            ),
+            r"\[0, 1\]",
+        ),
+        (lambda a, b: losses.feature_error({"a": a}, {"b": a}), "other features"),
+        (lambda a, b: losses.feature_error({}, {}), "no feature"),
+    ],
+    ids=["shapes", "temperature", "weight", "structure", "empty"],
+)
+def test_errors(call, match):
+    with pytest.raises(ValueError, match=match):
+        call(jnp.ones((1, 2)), jnp.ones((1, 3)))
