@@ -41,9 +41,8 @@ def build(config, key, images):
 
 
 def sgd(model, ctx):
-    lr = optax.warmup_cosine_decay_schedule(
-        0.0, ctx.config.lr, ctx.steps_per_epoch, ctx.steps
-    )
+    warmup = min(ctx.steps_per_epoch, ctx.steps // 2)
+    lr = optax.warmup_cosine_decay_schedule(0.0, ctx.config.lr, warmup, ctx.steps)
     decay = optax.add_decayed_weights(ctx.config.weight_decay)
     return optax.chain(decay, optax.sgd(lr, momentum=0.9, nesterov=True))
 

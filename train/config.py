@@ -25,6 +25,7 @@ FREE = (
     "hosts",
     "checkpoint_every",
     "report",
+    "rehearse",
     "images.workers",
 )
 
@@ -123,6 +124,7 @@ class Config:
       keep: checkpoints kept of each stage, its last one among them.
       fsdp: split variables and optimiser over the devices too.
       tune: train through tuned lowerings, chosen before step 0 and saved.
+      rehearse: try every transform and optimizer before the first step.
       data_dir: where TFDS sets are; None is TFDS_DATA_DIR or TFDS's own default.
       cache_dir: where the embedded set and .npz caches live; None is the user's cache.
     """
@@ -138,6 +140,7 @@ class Config:
     keep: int = 2
     fsdp: bool = False
     tune: bool = False
+    rehearse: bool = True
     data_dir: str | None = None
     cache_dir: str | None = None
     hosts: Hosts = dataclasses.field(default_factory=Hosts)

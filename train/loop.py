@@ -24,7 +24,7 @@ import numpy as np
 
 import compressjax as cj
 from compressjax.core import errors
-from train import augment, checkpoints, images, metrics, step
+from train import augment, checkpoints, images, metrics, rehearsal, step
 from train import config as configs
 from train import mesh as meshes
 
@@ -122,17 +122,23 @@ def run(config: configs.Config, workdir: str) -> dict[str, Any] | None:
     # Stages
     done: list[cj.Model] = []
     batches = Batches(train_split, config)
+
+    def context(i: int, teacher: cj.Model | None) -> configs.Context:
+        return configs.Context(
+            config=config,
+            batches=batches,
+            teacher=teacher,
+            key=jax.random.fold_in(key, i + 1),
+            steps=lasts[i],
+            steps_per_epoch=per_epoch,
+        )
+
+    if config.rehearse and best is None:
+        rehearsal.rehearse(config.stages, model, context, bar.say)
     try:
         with Terminate() as terminate:
             for i, stage in enumerate(config.stages):
-                ctx = configs.Context(
-                    config=config,
-                    batches=batches,
-                    teacher=done[0] if done else None,
-                    key=jax.random.fold_in(key, i + 1),
-                    steps=lasts[i],
-                    steps_per_epoch=per_epoch,
-                )
+                ctx = context(i, done[0] if done else None)
                 model = run_stage(
                     i,
                     stage,
@@ -194,7 +200,7 @@ def run_stage(
         apply_fn = cj.deploy.tune(choices=lowerings)(model).apply_fn
 
     # Optimiser and state
-    optimizer = stage.optimizer(model, ctx) if stage.optimizer else _nothing()
+    optimizer = rehearsal.build(stage, model, ctx)
     state = step.init_state(model, optimizer)
     shardings = meshes.state_shardings(state, mesh, fsdp=config.fsdp)
     state = meshes.put(state, shardings)
@@ -313,12 +319,6 @@ def evaluate(
         for name, value in meshes.get(sums).items():
             totals[name] += float(value)
     return totals
-
-
-def _nothing() -> Any:
-    import optax
-
-    return optax.set_to_zero()
 
 
 def choose(model: cj.Model, config: configs.Config, mesh: Any) -> dict[str, Any]:

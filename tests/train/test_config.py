@@ -1,7 +1,10 @@
 """A wrong key or type stops a run before any data loads."""
 
 import dataclasses
+import importlib
+import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -58,3 +61,24 @@ def test_cross_entropy_by_hand():
     logits = jnp.array([[jnp.log(3.0), 0.0]])
     smooth = configs.cross_entropy(0.2)(logits, {"label": jnp.array([0])}, None)
     assert abs(float(smooth[0]) - 0.397543) < 1e-5
+
+
+FILES = sorted(path.stem for path in (runs.REPO / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_optimizers_of_the_configs_take_any_number_of_epochs(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    shape = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+    model = jax.eval_shape(
+        lambda key: tiny.build(config, key, shape), jax.random.key(0)
+    )
+    for stage in config.stages:
+        if stage.optimizer is None:
+            continue
+        for per_epoch, epochs in ((1, 1), (1, 2), (22, 1), (22, 2), (22, 3)):
+            ctx = types.SimpleNamespace(
+                config=config, steps=per_epoch * epochs, steps_per_epoch=per_epoch
+            )
+            optimizer = stage.optimizer(model, ctx)
+            jax.eval_shape(optimizer.init, model.select_trainable())
