@@ -8,6 +8,7 @@ its Context. Field types are real types, not text, so that flags can be checked.
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -187,6 +188,44 @@ def check(config: Config) -> Config:
                 "and has no optimizer: give it one, or 0 epochs."
             )
     return config
+
+
+def fields(config: Any, path: str = "") -> list[str]:
+    """The keys of a config that can be overridden, as the command line spells them.
+
+    >>> fields(Hosts())
+    ['coordinator', 'count', 'index']
+    """
+    if isinstance(config, list):
+        return [k for i, v in enumerate(config) for k in fields(v, f"{path}[{i}]")]
+    if not dataclasses.is_dataclass(config):
+        return [path]
+    names = [field.name for field in dataclasses.fields(config)]
+    below = {n: f"{path}.{n}" if path else n for n in names}
+    return [k for n in names for k in fields(getattr(config, n), below[n])]
+
+
+def check_keys(load: Callable[[str], Any], argv: list[str]) -> None:
+    """Stops the program at the first override whose key the config does not have.
+
+    Args:
+      load: the config of a path.
+      argv: the command line, ``--config=PATH --config.field=value``.
+
+    Raises:
+      SystemExit: with near matches.
+    """
+    path = ""
+    for i, text in enumerate(argv):
+        if found := re.fullmatch("--?config(=(.*))?", text):
+            path = found[2] if found[1] else argv[i + 1]
+    known = fields(load(path))
+    for text in argv:
+        found = re.match(r"--?(?:no)?config\.([^=]+)", text)
+        if found and found[1] not in known:
+            raise SystemExit(
+                f"{text}: {cj.core.errors.no_match('key', found[1], known)}"
+            )
 
 
 def describe(config: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from compressjax.core import errors
 from train import config as configs
 
 
@@ -210,6 +211,13 @@ def _source(images: configs.Images, split: str, data_dir: str) -> Any:
                 f"{str(error).splitlines()[0]} The set must be prepared with "
                 'file_format="array_record".'
             ) from error
+        if isinstance(error, tfds.core.DatasetNotFoundError):
+            known = tfds.list_builders(with_community_datasets=False)
+            raise DatasetError(
+                "config.images.name: TFDS has no image set of this name, and there is "
+                f"none below {data_dir}. "
+                f"{errors.no_match('set', name, ['digits', *known])}"
+            ) from None
         raise DatasetError(
             f"{name} is not prepared below {data_dir}. Say where it is with "
             "--config.data_dir=DIR or TFDS_DATA_DIR, or prepare it once, with a "

@@ -3,10 +3,18 @@
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from train import loop, mesh
+from train import config, loop, mesh
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")
+
+
+def parse(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (KeyError, AttributeError, IndexError):
+        config.check_keys(flags.FLAGS["config"].parser.parse, argv)
+        raise
 
 
 def main(argv: list[str]) -> None:
@@ -22,4 +30,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse)

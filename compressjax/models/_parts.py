@@ -20,7 +20,15 @@ def conv(
     bias: bool = False,
     init: Any = he_normal,
 ) -> nn.Conv:
-    """A square convolution, kernel // 2 pixels of zeros on each side."""
+    """A square convolution, kernel // 2 pixels of zeros on each side.
+
+    Raises:
+      ValueError: if it would have no channels.
+    """
+    if features < 1:
+        raise ValueError(
+            f'the layer "{name}" would have {features} channels: a width is at least 1.'
+        )
     return nn.Conv(
         features,
         (kernel, kernel),

@@ -401,3 +401,9 @@ def test_dropout_is_for_training_only(key):
 def test_wrong_fields_are_named(make, image, message):
     with pytest.raises(ValueError, match=message):
         shapes(make(), 1, image, image, 3)
+
+
+@pytest.mark.parametrize("width", [0, -4])
+def test_a_network_without_channels_is_refused_by_layer(width):
+    with pytest.raises(ValueError, match=f'"conv1" would have {width} channels'):
+        shapes(models.cifar_resnet("resnet8", width=width), 1, 8, 8, 3)

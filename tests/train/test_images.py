@@ -78,6 +78,14 @@ def test_a_missing_set_says_how_to_prepare_it(config, tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
+def test_a_set_that_tfds_does_not_know_cannot_be_prepared(config, tmp_path):
+    config.images.name, config.data_dir = "fashon_mnist", str(tmp_path)
+    with pytest.raises(images.DatasetError, match="TFDS has no image set") as error:
+        images.open_split(config, "train")
+    assert "download_and_prepare" not in str(error.value)
+    assert 'Did you mean "fashion_mnist"' in str(error.value)
+
+
 def test_labels_outside_the_classes_are_refused(config):
     config.images.classes, config.images.size = 9, 9
     with pytest.raises(images.DatasetError, match="labels 0..9"):
