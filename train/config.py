@@ -91,6 +91,33 @@ def cross_entropy(smoothing: float = 0.0) -> Callable[..., Array]:
     return loss
 
 
+def distillation(temperature: float = 4.0, weight: float = 0.9) -> Callable[..., Array]:
+    """Cross entropy and distillation: ``(logits, batch, teacher) -> f32[B]``.
+
+    The teacher is run in evaluation mode on the pictures that the student sees. In a
+    stage without teacher (the first) it is an error.
+
+    >>> import jax.numpy as jnp
+    >>> loss = distillation(weight=1.0)
+    >>> batch = {"image": jnp.ones((1, 2)), "label": jnp.array([0])}
+    >>> loss(jnp.ones((1, 2)), batch, lambda x: 5 * x).tolist()  # equal odds: 0
+    [0.0]
+    """
+
+    def loss(logits: Array, batch: dict[str, Array], teacher: Any) -> Array:
+        if teacher is None:
+            raise ValueError(
+                "distillation needs a teacher, the Model at the end of the first "
+                "stage: use it from the second stage on."
+            )
+        wanted = jax.lax.stop_gradient(teacher(batch["image"]))
+        return cj.losses.cross_entropy_distillation(
+            logits, batch["label"], wanted, temperature=temperature, weight=weight
+        )
+
+    return loss
+
+
 @dataclasses.dataclass
 class Stage:
     """One line of an experiment: change the network, then train it.
@@ -103,6 +130,10 @@ class Stage:
       epochs: passes over the training set; 0 only transforms and evaluates.
       loss: ``(output, batch, teacher) -> f32[B]``; batch has image, label and mask,
         teacher is the Model at the end of the first stage, None in the first.
+      penalty: ``(model, ctx) -> (variables, step) -> f32[]``, added to the mean loss in
+        training; step counts from 0 in the stage, so that the penalty can be ramped.
+      frozen: train the network in its evaluation form: statistics of batch norm and
+        observed ranges stand still, dropout is off.
     """
 
     name: str
@@ -110,6 +141,8 @@ class Stage:
     optimizer: Callable[[cj.Model, "Context"], Any] | None = None
     epochs: int = 0
     loss: Callable[..., Array] = dataclasses.field(default_factory=cross_entropy)
+    penalty: Callable[[cj.Model, "Context"], Callable[..., Array]] | None = None
+    frozen: bool = False
 
 
 @dataclasses.dataclass

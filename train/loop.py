@@ -212,7 +212,12 @@ def run_stage(
     # Step
     train_step = jax.jit(
         step.train_step(
-            apply_fn, optimizer, stage.loss, augment.augment(config.images)
+            apply_fn,
+            optimizer,
+            stage.loss,
+            augment.augment(config.images),
+            penalty=stage.penalty(model, ctx) if stage.penalty else None,
+            frozen=stage.frozen,
         ),
         donate_argnums=0,
         out_shardings=(shardings, meshes.replicated(mesh)),

@@ -47,6 +47,8 @@ def train_step(
     loss: Callable[..., Array],
     prepare: Callable[[Array, Array], Array],
     *,
+    penalty: Callable[[Any, Array], Array] | None = None,
+    frozen: bool = False,
     axis_name: str | None = None,
 ) -> Callable[..., tuple[State, Array]]:
     """``(state, batch, key, teacher) -> (state, mean loss)``.
@@ -56,6 +58,8 @@ def train_step(
       optimizer: an optax gradient transformation over the trained collections.
       loss: ``(output, batch, teacher) -> f32[B]``.
       prepare: ``(u8[B, H, W, C], key) -> f32[B, H, W, C]``: augmentation.
+      penalty: ``(variables, step) -> f32[]``, added to the mean loss.
+      frozen: run the network in its evaluation form, and move no statistics.
       axis_name: under `jax.pmap`, the axis over which gradients and moving statistics
         are averaged. Under jit with shardings leave it out: means are global there.
     """
@@ -71,23 +75,32 @@ def train_step(
         mask = jnp.ones(label.shape, jnp.float32)
         seen = {"image": images, "label": label, "mask": mask}
 
-        def objective(trained):
-            output, updates = apply_fn(
-                {**state["rest"], **trained},
+        def run(variables):
+            if frozen:
+                return apply_fn(variables, images), {}
+            return apply_fn(
+                variables,
                 images,
                 train=True,
                 mutable=list(state["rest"]),
                 rngs={"dropout": layer_key},
             )
-            return jnp.mean(loss(output, seen, teacher)), (output, updates)
+
+        def objective(trained):
+            variables = {**state["rest"], **trained}
+            output, updates = run(variables)
+            value = jnp.mean(loss(output, seen, teacher))
+            if penalty is not None:
+                value = value + penalty(variables, state["step"])
+            return value, (output, updates)
 
         (value, (output, updates)), gradients = jax.value_and_grad(
             objective, has_aux=True
         )(state["trained"])
         sums = _sums(output, label, jnp.full(label.shape, value), mask)
         if axis_name is not None:
-            gradients, updates, value = jax.lax.pmean(
-                (gradients, updates, value), axis_name
+            gradients, updates, value = jax.tree.map(
+                lambda x: _mean(x, axis_name), (gradients, updates, value)
             )
             sums = jax.lax.psum(sums, axis_name)
         changes, optimizer_state = optimizer.update(
@@ -103,6 +116,11 @@ def train_step(
         return new, value
 
     return step
+
+
+def _mean(x: Array, axis_name: str) -> Array:
+    """The mean over devices; counters are the same on all, and stay integers."""
+    return jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
 def evaluate_step(
