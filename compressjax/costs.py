@@ -5,14 +5,16 @@
     macs     multiply-accumulates of convolutions, dense layers and products of two
              activations (attention); a weight that a mask removes costs nothing
     bops     sum over the sites of macs * weight bits * input bits
-    bytes    the variables as saved: the weight of a site at its bits, rounded up to
-             whole bytes leaf by leaf; scales, biases and statistics in their own type;
-             masks at one bit; random streams do not count
+    bytes    the variables as saved: a float weight of a site at its bits, as
+             `deploy.integer` will pack it (`core.packing`); codes, packed words,
+             scales, biases and statistics in their own type; masks at one bit; random
+             streams do not count
 
 Everything is read from the trace and from the Model: bits from `Model.bits`, masks from
-the collection "masks", integer codes from the type of the leaf. No data is needed,
-except that of the masks. A float has the bits of its type. The network's own input,
-where a site reads it as a float, has 8 bits once the network is quantized.
+the collection "masks", integer codes from the type of the leaf; a row of uint8 holds
+packed codes, as many as the operand has. No data is needed, except that of the masks.
+A float has the bits of its type. The network's own input, where a site reads it as a
+float, has 8 bits once the network is quantized.
 """
 
 import dataclasses
@@ -27,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich import box, console, jupyter, table, text
 
-from compressjax.core import errors, lowered, macs, trace, trees
+from compressjax.core import errors, lowered, macs, packing, trace, trees
 from compressjax.core.model import Model
 from compressjax.core.sites import Site
 
@@ -114,6 +116,7 @@ def count(model: Model, **kwargs: Any) -> Costs:
     quantized = integer or any(w < 32 or x < 32 for w, x in model.bits.values())
 
     rows, stored, seen = [], {}, set()
+    entries = {path: math.prod(leaf.shape) for path, leaf in leaves.items()}
     for key, site in found.by_key.items():
         w_bits, x_bits = _bits(site, leaves, given)
         if (
@@ -124,12 +127,17 @@ def count(model: Model, **kwargs: Any) -> Costs:
             x_bits = min(x_bits, 8)
         amount, params = macs.of_site(site), 0
         if site.leaf is not None:
-            size = math.prod(leaves[site.leaf].shape)
+            if _is_packed(leaves[site.leaf]):
+                entries[site.leaf] = math.prod(site.w.shape)
+            size = entries[site.leaf]
             left = kept.get(site.leaf, size)
             amount = -(-amount * left // size) if size else 0
             params = left if site.leaf not in seen else 0
             seen.add(site.leaf)
-            stored[site.leaf] = max(w_bits, stored.get(site.leaf, 0))
+            if _is_integer(leaves[site.leaf].dtype):
+                stored[site.leaf] = _width(leaves[site.leaf].dtype)
+            else:
+                stored[site.leaf] = max(w_bits, stored.get(site.leaf, 0))
         rows.append(
             Row(
                 name=site.name,
@@ -154,7 +162,7 @@ def count(model: Model, **kwargs: Any) -> Costs:
         )
     return Costs(
         params=sum(
-            kept.get(path, math.prod(leaf.shape))
+            kept.get(path, entries[path])
             for path, leaf in leaves.items()
             if path.split("/", 1)[0] in model.trainable
             or path in stored
@@ -163,7 +171,7 @@ def count(model: Model, **kwargs: Any) -> Costs:
         macs=sum(row.macs for row in rows),
         bops=sum(row.bops for row in rows),
         bytes=sum(
-            -(-math.prod(leaf.shape) * stored.get(path, _width(leaf.dtype)) // 8)
+            packing.n_bytes(math.prod(leaf.shape), stored.get(path, _width(leaf.dtype)))
             for path, leaf in leaves.items()
             if not path.startswith("rngs/")
         ),
@@ -219,6 +227,10 @@ def _tail(name: str) -> str:
 
 def _is_integer(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.integer)
+
+
+def _is_packed(leaf: Any) -> bool:
+    return leaf.dtype == jnp.uint8 and len(leaf.shape) == 1
 
 
 def _width(dtype: Any) -> int:

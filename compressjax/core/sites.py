@@ -51,7 +51,8 @@ class Site:
       name: path of the weight leaf, ``#2`` appended for its second use; for a product
         of activations ``@`` and the module path, ``@ViT/block0/attn/dot_general``.
       leaf: path of the weight leaf; None for a product of activations. Of several
-        leaves (a kernel and its gain) the largest trained one.
+        leaves (a kernel and its gain) the largest trained one; of none that is trained,
+        packed codes.
       leaves: paths of all leaves that the weight depends on.
       primitive: ``conv_general_dilated`` or ``dot_general``.
       params: the parameters of the equation.
@@ -183,9 +184,13 @@ class _Finder:
             int(np.prod(v.aval.shape))
             for v in trace.jaxpr.jaxpr.invars[: len(trace.paths)]
         ]
-        # The leaf that names a weight: trained before not trained, large before small.
+        # The leaf that names a weight: trained before not trained, packed codes before
+        # their scales, large before small.
+        words = [
+            v.aval.dtype == np.uint8 for v in trace.jaxpr.jaxpr.invars[: len(sizes)]
+        ]
         self.rank = [
-            (c in trainable, s, -i)
+            (c in trainable, words[i], s, -i)
             for i, (c, s) in enumerate(zip(collections, sizes, strict=True))
         ]
         self.by_key: dict[tuple[int, ...], Site] = {}

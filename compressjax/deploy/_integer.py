@@ -21,6 +21,10 @@ a sum the sum of the worst cases. Every product above is one float32 rounding, f
 by rint: no compiler can fuse what would change it, so NumPy gives the same integers.
 Whatever is neither becomes float32 again, and the report says which sites stayed float.
 
+Weights of 1 to 7 bits are stored packed (`core.packing`) and unpacked to int8 inside
+the function. A zero point z_c of a weight is taken from its codes where v - z_c fits a
+byte; else sum u (v - z_c) = sum u v - z_c sum u, and sum u is a product with ones.
+
 Papers: Jacob et al., CVPR 2018, arXiv 1712.05877.
 Differs: a float32 multiplier, not an integer multiplier and a shift; residual sums keep
 more than 8 bits, as in the fake-quantized network, whose sums are not quantized.
@@ -49,6 +53,7 @@ def integer(
     tune: bool = True,
     choices: Mapping[str, Any] | None = None,
     batch_sizes: Sequence[int] = (),
+    weight_only: bool = False,
     plan: Mapping[str, Any] | None = None,
 ) -> Transform:
     """A transform that packs a fake-quantized network into integer arithmetic.
@@ -60,19 +65,26 @@ def integer(
         `deploy.integer` store it in their Step.
       batch_sizes: batch sizes to tune for; default that of the Model's inputs. Any
         other one takes the choices of the nearest.
+      weight_only: store the weights in their bits and compute in float: each is made
+        again inside the function, s (v - z), bit for bit the fake-quantized weight.
+        Inputs may be float, and steps may vary along the sum (groups).
       plan: what an earlier packing of the same network found; `deploy.load` gives it.
 
     Returns:
-      Model -> Model. variables: {"integer": int8 weights under the path of their leaf,
-      "requantization": biases, multipliers and scales by site, and the float leaves
-      still needed}. Its function is jitted and for evaluation only. The integers do not
-      depend on `tune` or `choices`.
+      Model -> Model. variables: {"integer": weights under the path of their leaf, as
+      int8 codes, or as bytes of packed codes where the range of the quantizer has fewer
+      than 8 bits; "requantization": biases, multipliers and scales by site; and the
+      float leaves still needed}. Its function is jitted and for evaluation only. The
+      integers do not depend on `tune` or `choices`. The report says for each site what
+      is stored; `bits` gains what the quantizers' ranges say.
 
     Raises:
-      RefusedError: if no site has both operands quantized to 8 bits or less.
+      RefusedError: if no site has both operands quantized to 8 bits or less; with
+        weight_only, if no weight is.
 
     Paper: Jacob et al., CVPR 2018, arXiv 1712.05877.
-    Differs: see the module. Codes of fewer than 8 bits are stored as int8 and reported.
+    Differs: see the module. Codes of activations take a byte each, whatever their bits:
+    they live only inside the function.
 
     >>> fq = cj.core.straight_through.fake_quant
     >>> m = cj.from_function(
@@ -83,17 +95,30 @@ def integer(
     [[2], [-4]]
     >>> packed(jnp.array([[3.0, 1.0]])).tolist()
     [[0.5]]
+    >>> w = {"w": jnp.array([[0.5, -1.0], [0.25, 1.75]])}
+    >>> m = cj.from_function(lambda p, x: x @ p["w"], w, jnp.ones((1, 2)))
+    >>> int4 = cj.deploy.integer(weight_only=True)(
+    ...     cj.quantize.insert(cj.quantize.uniform(4))(m))
+    >>> int4.variables["integer"]["w"].nbytes, int4.report[-1].achieved
+    (2, 'int4, packed')
     """
 
     def transform(model: Model) -> Model:
         found = dict(plan) if plan is not None else None
-        packing, found = pack(model, found)
-        if not packing.products:
+        packing, found = pack(model, found, weight_only=weight_only)
+        if weight_only and not packing.bits:
+            raise errors.RefusedError(
+                "no weight has codes of 8 bits or less.",
+                operation="deploy.integer",
+                remedy="Quantize weights first: cj.quantize.insert(quantizer).",
+            )
+        if not weight_only and not packing.products:
             reasons = "; ".join(f"{k}: {v}" for k, v in found["float"].items())
             raise errors.RefusedError(
                 f"no site has codes of 8 bits on both sides ({reasons or 'no sites'}).",
                 operation="deploy.integer",
-                remedy="Quantize weights and inputs first: cj.quantize.ptq(batches).",
+                remedy="Quantize weights and inputs first: cj.quantize.ptq(batches); "
+                "or pack weights alone: weight_only=True.",
             )
         leaves = trees.flat(model.variables)
         variables = trees.unflat(
@@ -112,25 +137,46 @@ def integer(
             plain=_apply(model.apply_fn, specs, found, None, model.trainable),
         )
         return model.then(
-            Step.of("deploy.integer", choices=table, plan=found),
-            report=_report(packing, found, model),
+            Step.of(
+                "deploy.integer", choices=table, plan=found, weight_only=weight_only
+            ),
+            report=_report(packing, found, weight_only),
             apply_fn=apply_fn,
             variables=variables,
+            bits={**packing.bits, **model.bits},
         )
 
     return transform
 
 
-def _report(packing: Pack, found: dict[str, Any], model: Model) -> list[Row]:
+def _report(packing: Pack, found: dict[str, Any], weight_only: bool) -> list[Row]:
     rows = []
     for name in packing.names:
         reason = found["float"].get(name, "")
-        achieved = "float" if reason else "int8"
-        bits = model.bits.get(name)
-        if not reason and bits is not None and bits[0] < 8:
-            reason = f"codes of {bits[0]} bits are stored as int8"
-        rows.append(Row("deploy.integer", name, "int8", achieved, reason))
+        stored = _stored_as(found["facts"], name)
+        if weight_only:
+            asked, achieved = "packed weights", stored or "float"
+            reason = "" if stored else reason
+        else:
+            asked, achieved = "int8", "float" if reason else stored or "int8"
+            if reason and stored:
+                reason += f"; its weight is stored as {stored}"
+        rows.append(Row("deploy.integer", name, asked, achieved, reason))
     return rows
+
+
+def _stored_as(facts: Mapping[str, Any], site: str) -> str:
+    """What the codes of a weight are stored as; empty for a float weight.
+
+    >>> _stored_as({"w/bits": 4, "w/signed": True}, "w")
+    'int4, packed'
+    """
+    bits = facts.get(f"{site}/bits")
+    if bits is None or bits == 8:
+        return "int8" if bits else ""
+    if bits == 1 and facts[f"{site}/signed"]:
+        return "binary, packed"
+    return f"{'int' if facts[f'{site}/signed'] else 'uint'}{bits}, packed"
 
 
 def _apply(apply_fn, specs, found, table, trainable):

@@ -81,7 +81,8 @@ def _weight_of(x: Known, scale: Known, zero: Known, lo: Known, hi: Known) -> Wei
 
         return Known(x.shape, jnp.float32, value)
 
-    return Weight(Known(x.shape, jnp.float32, codes), whole(scale), whole(zero))
+    parts = Known(x.shape, jnp.float32, codes), whole(scale), whole(zero)
+    return Weight(*parts, lo, hi)
 
 
 def _same_to_each(eqn: tracing.Equation, x: Known) -> Weight | None:
@@ -93,7 +94,7 @@ def _same_to_each(eqn: tracing.Equation, x: Known) -> Weight | None:
     for part in (x.weight.codes, x.weight.scale, x.weight.zero):
         plain = dataclasses.replace(part, weight=None)
         moved.append(known(eqn, [plain])[0])
-    return Weight(*moved)
+    return Weight(*moved, x.weight.lo, x.weight.hi)
 
 
 def number(x: Any) -> float | None:

@@ -1,12 +1,14 @@
 """The walk with the variables at hand: computes what the running network reads."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compressjax.core import errors
+from compressjax.core import errors, packing
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model
 from compressjax.deploy import _lowerings, _program
@@ -14,14 +16,17 @@ from compressjax.deploy._values import Known, Leaves, StaysFloat
 from compressjax.deploy._walk import Walk
 
 
-def pack(model: Model, found: dict[str, Any] | None) -> tuple["Pack", dict[str, Any]]:
+def pack(
+    model: Model, found: dict[str, Any] | None, *, weight_only: bool = False
+) -> tuple["Pack", dict[str, Any]]:
     """Walk with the variables at hand until every site that can be is integer."""
     trace = tracing.trace_model(model)
     program = _program.Program.of(trace, model.trainable)
     fixed_plan = found is not None
     found = found or {"float": {}, "markers": {}, "alias": {}}
     while True:
-        walk = Pack(program, trace, jax.tree.leaves(model.variables), found, fixed_plan)
+        leaves = jax.tree.leaves(model.variables)
+        walk = Pack(program, trace, leaves, found, fixed_plan, weight_only)
         try:
             jax.eval_shape(
                 lambda *data: walk.run(data),  # noqa: B023
@@ -43,8 +48,11 @@ def pack(model: Model, found: dict[str, Any] | None) -> tuple["Pack", dict[str, 
 class Pack(Walk):
     """The walk with the variables at hand: computes what the running network reads."""
 
-    def __init__(self, program, trace, leaves, found, fixed_plan: bool):
+    def __init__(
+        self, program, trace, leaves, found, fixed_plan: bool, weight_only: bool
+    ):
         super().__init__(program, trace, found)
+        self.weight_only = weight_only
         self.names = program.names
         self.needed: set[int] = set()
         self.packed: dict[str, Any] = {}
@@ -101,6 +109,13 @@ class Pack(Walk):
 
     def decide(self, name, compute):
         if self.fixed_plan:
+            if name not in self._given["facts"]:
+                raise errors.CheckpointError(
+                    "the plan does not say it: it was made by another version.",
+                    path=name,
+                    operation="deploy.integer",
+                    remedy="Pack the Model again.",
+                )
             fact = self._given["facts"][name]
         else:
             fact = compute()
@@ -115,6 +130,8 @@ class Pack(Walk):
         s, z, a, b = (float(n.reshape(-1)[0]) for n in numbers)
         if self.fixed_plan:
             fact = {**self._given["markers"][name], "scale": 1.0}
+        elif self.weight_only:
+            fact = {"float": "only weights are packed"}
         elif not one:
             fact = {"float": "more than one scale"}
         elif not (a >= -128 and b <= 127 or a >= 0 and b <= 255) or z != round(z):
@@ -141,6 +158,9 @@ class Pack(Walk):
         self.found_alias[name] = other
         return self.memo["codes", other]
 
+    def too_large(self, site):
+        raise StaysFloat(site.name, "its sums do not fit 31 bits")
+
     def stays_float(self, site, reason):
         self._given["float"][site.name] = reason
 
@@ -148,45 +168,88 @@ class Pack(Walk):
         weight = w.weight if isinstance(w, Known) else None
         if weight is None:
             return {}
-        codes, scale, zero = (
-            self.concrete(k) for k in (weight.codes, weight.scale, weight.zero)
-        )
+        parts = (weight.codes, weight.scale, weight.zero, weight.lo, weight.hi)
+        codes, scale, zero, lo, hi = (self.concrete(k) for k in parts)
+        shape = weight.codes.shape
         axes = _lowerings.contracted_axes(site.primitive, site.params, site.weight_side)
-        if not self.fixed_plan:
-            if codes.min(initial=0) < -128 or codes.max(initial=0) > 127:
-                return {"reason": "its weight has codes of more than 8 bits"}
-            if zero.any():
-                return {"reason": "its weight has a zero point"}
-            if any(scale.shape[a] != 1 for a in axes):
-                return {"reason": "its weight has scales along the sum"}
-        codes = np.broadcast_to(codes, weight.codes.shape)
-        codes = np.nan_to_num(codes).astype(np.int8)
-        scale = np.broadcast_to(
-            scale,
-            [1 if a in axes else n for a, n in enumerate(codes.shape)],
-        ).astype(np.float64)
         if self.fixed_plan:  # the arrays come from elsewhere: only shapes count
-            codes, scale = np.zeros_like(codes), np.ones_like(scale)
-        wide = codes.astype(np.int64)
-
-        def place(per_channel: np.ndarray) -> np.ndarray:
-            """Entries over the output axes of w, where they land in the result."""
-            shape = [1] * site.out.ndim
-            order = np.argsort(site.out_axes)
-            w_axes = [site.w_out_axes[k] for k in order]
-            for k in order:
-                shape[site.out_axes[k]] = per_channel.shape[site.w_out_axes[k]]
-            rest = [a for a in range(per_channel.ndim) if a not in w_axes]
-            return per_channel.transpose(*rest, *w_axes).reshape(shape)
-
-        return {
-            "codes": codes,
+            return self.words_as_planned(site, shape, axes)
+        if lo.size != 1 or hi.size != 1:
+            return {"reason": "the codes of its weight have more than one range"}
+        low, high = float(lo.reshape(-1)[0]), float(hi.reshape(-1)[0])
+        if not (low == round(low) and high == round(high)):
+            return {"reason": f"its weight has codes {low:g}..{high:g}, not integers"}
+        bits, signed = packing.word_length(int(low), int(high))
+        if bits > 8:
+            return {"reason": f"its weight has codes of {bits} bits"}
+        if (zero != np.rint(zero)).any() or np.abs(zero).max(initial=0) > 2**15:
+            return {"reason": "its weight has a zero point that is no small integer"}
+        codes = np.broadcast_to(codes, shape)
+        codes = np.nan_to_num(codes).astype(np.int64)
+        zero = zero.astype(np.int64)
+        if (low, high) == (-1, 1) and codes.size and (codes != 0).all():
+            bits = 1
+        if bits == 8 and not signed:  # a byte carries 0..255 as -128..127
+            codes, zero, low, high = codes - 128, zero - 128, low - 128, high - 128
+        out: dict[str, Any] = {"bits": bits, "signed": signed}
+        if bits == 8:
+            out["words"] = codes.astype(np.int8)
+        else:
+            out["words"] = packing.pack(codes, bits, signed=signed)
+        fits = low - zero.max(initial=0) >= -128 and high - zero.min(initial=0) <= 127
+        out["shift"] = (1 if fits else 2) if zero.any() else 0
+        out |= {"zero": zero, "scale": scale}
+        if any(part.shape[a] != 1 for a in axes for part in (scale, zero)):
+            return {**out, "reason": "its weight has scales along the sum"}
+        channels = [1 if a in axes else n for a, n in enumerate(shape)]
+        zero = np.broadcast_to(zero, channels)
+        wide = codes - zero
+        return out | {
+            "zero": zero,
             "axes": axes,
-            "scale": scale,
-            "sums": wide.sum(axes, keepdims=True).astype(np.int32),
+            "carried": wide if fits else codes,
+            "scale": np.broadcast_to(scale, channels).astype(np.float64),
+            "sums": (wide if fits else codes).sum(axes, keepdims=True).astype(np.int32),
             "size": np.abs(wide).sum(axes, keepdims=True).astype(np.float64),
-            "place": place,
+            "place": _placed(site),
         }
+
+    def words_as_planned(self, site, shape, axes) -> dict[str, Any]:
+        """What `weight` gives, of the right shapes, for a plan made earlier."""
+        if not self._given["facts"].get(f"{site.name}/bits"):
+            return {"reason": "as planned"}
+        bits = self.decide(f"{site.name}/bits", None)
+        n = math.prod(shape)
+        words = (
+            np.zeros(shape, np.int8)
+            if bits == 8
+            else np.zeros(packing.n_bytes(n, bits), np.uint8)
+        )
+        channels = [1 if a in axes else n for a, n in enumerate(shape)]
+        return {
+            "words": words,
+            "zero": np.zeros(channels, np.int64),
+            "axes": axes,
+            "scale": np.ones(channels),
+            "sums": np.zeros(channels, np.int32),
+            "size": np.ones(channels),
+            "place": _placed(site),
+        }
+
+
+def _placed(site) -> Callable[[np.ndarray], np.ndarray]:
+    """A function that puts entries over the output axes of w where they land."""
+
+    def place(per_channel: np.ndarray) -> np.ndarray:
+        shape = [1] * site.out.ndim
+        order = np.argsort(site.out_axes)
+        w_axes = [site.w_out_axes[k] for k in order]
+        for k in order:
+            shape[site.out_axes[k]] = per_channel.shape[site.w_out_axes[k]]
+        rest = [a for a in range(per_channel.ndim) if a not in w_axes]
+        return per_channel.transpose(*rest, *w_axes).reshape(shape)
+
+    return place
 
 
 def _constant(value: Any) -> Any:

@@ -62,6 +62,14 @@ class Run(Walk):
     def weight(self, site, w):
         return {}
 
+    def too_large(self, site):
+        raise errors.RefusedError(
+            "with these inputs its sums do not fit 31 bits.",
+            path=site.name,
+            operation="deploy.integer",
+            remedy="Pack the Model with inputs as large as these.",
+        )
+
     def stays_float(self, site, reason):
         raise errors.StructureChangedError(
             f"was packed as an integer product, but now {reason}.",

@@ -50,11 +50,13 @@ class Known:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight:
-    """The parts of a fake-quantized weight; zero is a Known too."""
+    """The parts of a fake-quantized weight, all Known; lo and hi of the whole of it."""
 
     codes: Known
     scale: Known
     zero: Known
+    lo: Known
+    hi: Known
 
 
 class Leaves:
