@@ -20,7 +20,7 @@ from compressjax import merge
 from compressjax.core import doors, errors, rewrite, trees
 from compressjax.core.model import Model, Row, Step, Transform, zeros_like_spec
 from compressjax.deploy import _integer, _save, _tune
-from compressjax.quantize import _insert
+from compressjax.quantize import _correct_bias, _insert
 
 
 def _prune(step: Step) -> Transform:
@@ -36,6 +36,9 @@ REPLAY: dict[str, Callable[[Step], Transform]] = {
     "prune.shrink": _prune,
     "quantize.insert": _insert.replay,
     "quantize.calibrate": _insert.replay,
+    "quantize.correct_bias": _correct_bias.replay,
+    "quantize.equalize": lambda step: lambda model: model.then(step),
+    "quantize.reestimate_norms": lambda step: lambda model: model.then(step),
     "capture": lambda step: rewrite.capture(**step.settings),
     "deploy.tune": lambda step: _tune.tune(**step.settings),
     "deploy.integer": lambda step: _integer.integer(tune=False, **step.settings),

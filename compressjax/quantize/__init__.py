@@ -1,9 +1,20 @@
 """Quantizers, post-training quantization and quantization-aware training."""
 
 from compressjax.quantize import observers as observers
+from compressjax.quantize._allocate import allocate as allocate
 from compressjax.quantize._calibrate import calibrate as calibrate
+from compressjax.quantize._correct_bias import (
+    clipped_normal_mean as clipped_normal_mean,
+)
+from compressjax.quantize._correct_bias import correct_bias as correct_bias
+from compressjax.quantize._equalize import equalize as equalize
+from compressjax.quantize._guard import Spread as Spread
+from compressjax.quantize._guard import guard as guard
+from compressjax.quantize._guard import spread as spread
 from compressjax.quantize._insert import insert as insert
 from compressjax.quantize._insert import replay as replay
 from compressjax.quantize._ptq import ptq as ptq
 from compressjax.quantize._quantizer import Quantizer as Quantizer
+from compressjax.quantize._round import learn_rounding as learn_rounding
+from compressjax.quantize._sensitivity import sensitivity as sensitivity
 from compressjax.quantize._uniform import uniform as uniform
