@@ -193,12 +193,23 @@ def _initial(rewriter, plan: Mapping[str, Pair], model: Model) -> dict[str, Any]
     def rule(site, op, x, w, state):
         new = {}
         q_w, q_x = plan.get(site.name, (None, None))
-        if q_w is not None and site.leaf is not None:
-            new["weights"] = q_w.init(w, channel_axis=site.w_out_axes)
-        elif q_w is not None:
-            new["weights"] = q_w.init(_spec(w))
-        if q_x is not None:
-            new["inputs"] = q_x.init(_spec(x))
+        try:
+            if q_w is not None and site.leaf is not None:
+                axes: dict[str, Any] = {"channel_axis": site.w_out_axes}
+                if q_w.grouped:
+                    axes["group_axis"] = site.w_in_axes[-1]
+                new["weights"] = q_w.init(w, **axes)
+            elif q_w is not None:
+                new["weights"] = q_w.init(_spec(w))
+            if q_x is not None:
+                new["inputs"] = q_x.init(_spec(x))
+        except ValueError as error:
+            raise errors.RefusedError(
+                str(error),
+                path=site.name,
+                operation="quantize.insert",
+                remedy="An override can give this site another quantizer.",
+            ) from error
         return op(x, w), new or None
 
     def states(variables, inputs):

@@ -28,6 +28,8 @@ class Quantizer:
       trained: True if gradients train the state; False if only `update` moves it.
       ready: ``ready(state) -> bool``, True if `apply` may be called. Looks at the
         structure alone.
+      grouped: True if `init` also takes ``group_axis``, the axis of a weight that holds
+        its input channels, and divides it.
       settings: canonical JSON text that `_settings.quantizer` builds it from
         again; "" for one made by hand, which `deploy.load` then cannot replay.
     """
@@ -39,6 +41,7 @@ class Quantizer:
     trained: bool = False
     ready: Callable[[State], bool] = lambda state: True
     settings: str = ""
+    grouped: bool = False
 
 
 def settings_text(name: str, **settings: Any) -> str:

@@ -8,6 +8,9 @@
     symmetric        s = max|x| / q_p,         z = 0
     asymmetric       s = (hi - lo) / (q_p - q_n),  z = clip(rint(q_n - lo/s), q_n, q_p)
 
+[lo, hi] is the range of the tensor, of each output channel, or of each group of
+neighbours along the axis of the input channels.
+
 Gradients pass straight through where q_n <= x/s + z <= q_p and are 0 elsewhere. s and z
 are observed, not trained: no gradient goes to them.
 
@@ -16,6 +19,7 @@ Differs: a channel narrower than 2^-20 of the widest takes that width, so that a
 channel has a usable step.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -44,6 +48,8 @@ def uniform(
     signed: bool = True,
     narrow: bool | None = None,
     per_channel: bool = True,
+    group_size: int | None = None,
+    channel_axis: int | None = None,
     observer: observers.Observer | None = None,
 ) -> _quantizer.Quantizer:
     """A quantizer with evenly spaced codes.
@@ -57,6 +63,11 @@ def uniform(
         Default: where symmetric and signed.
       per_channel: own steps along the channel_axis that `init` is given (weights;
         inputs are given none). False: one step for the tensor.
+      group_size: own steps for every so many input channels of a weight, inside each
+        output channel if per_channel. The scale has one entry a group on that axis.
+        Packed integers refuse it: such a sum has more than one scale.
+      channel_axis: the axis of own steps where `init` is given none; -1 gives inputs
+        one step per channel (which packed integers refuse as well).
       observer: picks the range; default `observers.minmax()`.
 
     Returns:
@@ -66,7 +77,8 @@ def uniform(
       range of the new array alone (weights).
 
     Raises:
-      ValueError: bits outside their range, or a narrow range without sign.
+      ValueError: bits outside their range, or a narrow range without sign; by `init`,
+        if the groups do not divide the axis, or for groups of an input.
 
     >>> q = uniform(8)
     >>> state = q.init(jnp.array([-127.0, 63.6, 0.5, 1.5]))
@@ -78,6 +90,8 @@ def uniform(
         raise ValueError(f"bits={bits!r}: give an integer from {low} to 32.")
     if narrow and not signed:
         raise ValueError("narrow=True leaves out a negative code; unsigned has none.")
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size={group_size}: give at least 1, or None.")
     narrow = (symmetric and signed) if narrow is None else narrow
     observer = observers.minmax() if observer is None else observer
     grid = observers.Grid(*codes(bits, signed=signed, narrow=narrow), symmetric)
@@ -90,17 +104,36 @@ def uniform(
         return {"scale": s, "zero": z}
 
     def init(
-        x: Any, *, channel_axis: int | tuple[int, ...] | None = None
+        x: Any,
+        *,
+        channel_axis: int | tuple[int, ...] | None = channel_axis,
+        group_axis: int | None = None,
     ) -> _quantizer.State:
         axes = _quantizer.channel_axes(channel_axis, x.ndim) if per_channel else ()
+        shape = [n if a in axes else 1 for a, n in enumerate(x.shape)]
         if isinstance(x, jax.ShapeDtypeStruct):
-            shape = tuple(n if a in axes else 1 for a, n in enumerate(x.shape))
-            return {"observer": observer.init(shape if axes else ())}
-        x = jax.lax.stop_gradient(jnp.asarray(x))
-        return finish(*observer.direct(x, axes, grid))
+            if group_size is not None:
+                raise ValueError(
+                    f"group_size={group_size} for an input: groups are for weights. "
+                    "Give the inputs a quantizer without it."
+                )
+            return {"observer": observer.init(tuple(shape) if axes else ())}
+        if group_size is not None:
+            axis, n = _groups(x.shape, axes, group_axis, group_size)
+            shape[axis] = n
+            axes = (*axes, axis)
+        return ranges(jax.lax.stop_gradient(jnp.asarray(x)), shape if axes else [])
+
+    def ranges(x: Any, shape: Sequence[int]) -> _quantizer.State:
+        """The state whose scale has that shape, of one array alone."""
+        parts, axes = _split(x.shape, shape)
+        lo, hi = observer.direct(x.reshape(parts), axes, grid)
+        return finish(lo.reshape(shape), hi.reshape(shape))
 
     def apply(state: _quantizer.State, x: Any) -> jax.Array:
-        s, z = (jax.lax.stop_gradient(state[k]) for k in ("scale", "zero"))
+        s, z = (
+            _spread(jax.lax.stop_gradient(state[k]), x.shape) for k in ("scale", "zero")
+        )
         return straight_through.fake_quant(x, s, z, grid.lo, grid.hi)
 
     def update(state: _quantizer.State, x: Any) -> _quantizer.State:
@@ -108,10 +141,7 @@ def uniform(
         if "observer" in state:
             seen = observer.update(state["observer"], x)
             return {"observer": seen, **finish(*observer.range(seen, grid))}
-        shape = state["scale"].shape
-        axes = tuple(a for a, n in enumerate(shape) if n > 1)
-        new = finish(*observer.direct(x, axes, grid))
-        return {k: v.reshape(shape) for k, v in new.items()}
+        return ranges(x, state["scale"].shape)
 
     return _quantizer.Quantizer(
         init=init,
@@ -126,6 +156,53 @@ def uniform(
             signed=signed,
             narrow=narrow,
             per_channel=per_channel,
+            group_size=group_size,
+            channel_axis=channel_axis,
             observer=observer.settings,
         ),
+        grouped=group_size is not None,
     )
+
+
+def _groups(
+    shape: Sequence[int], axes: Sequence[int], axis: int | None, size: int
+) -> tuple[int, int]:
+    """(axis, number of groups); by default the last axis without own steps."""
+    shared = [a for a in range(len(shape)) if a not in axes]
+    if not shared:
+        raise ValueError(
+            f"group_size={size}, but every axis of {tuple(shape)} has its own steps."
+            " Leave it out."
+        )
+    axis = shared[-1] if axis is None else axis % len(shape)
+    if shape[axis] % size:
+        raise ValueError(
+            f"group_size={size} does not divide axis {axis} of the shape "
+            f"{tuple(shape)}. Give a divisor of {shape[axis]}, or None for this layer."
+        )
+    return axis, shape[axis] // size
+
+
+def _split(
+    shape: Sequence[int], scale: Sequence[int]
+) -> tuple[list[int], tuple[int, ...]]:
+    """(x's shape with the grouped axis in two, the axes that keep their own steps)."""
+    parts: list[int] = []
+    axes: list[int] = []
+    for n, groups in zip(shape, scale or [1] * len(shape), strict=True):
+        if groups > 1:
+            axes.append(len(parts))
+        parts += [n] if groups in (1, n) else [groups, n // groups]
+    return parts, tuple(axes)
+
+
+def _spread(s: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Entries of groups repeated along their axis."""
+    for a, (n, of) in enumerate(zip(s.shape, shape, strict=False)):
+        if n not in (1, of):
+            wide = jnp.broadcast_to(
+                jnp.expand_dims(s, a + 1),
+                (*s.shape[: a + 1], of // n, *s.shape[a + 1 :]),
+            )
+            s = wide.reshape(*s.shape[:a], of, *s.shape[a + 1 :])
+    return s

@@ -417,6 +417,43 @@ def test_scanned_layers_have_stacked_states(key):
     np.testing.assert_allclose(q(x), h, atol=1e-6)
 
 
+def test_groups_run_along_the_input_channels(key):
+    """Kernels whose last axis is not the input's; a group that does not divide."""
+    w = {"w": jax.random.normal(key, (2, 4, 3, 3)), "v": jnp.ones((6, 2))}
+
+    def net(p, x):
+        dims = ("NHWC", "OIHW", "NHWC")
+        y = jax.lax.conv_general_dilated(
+            x, p["w"], (1, 1), "SAME", dimension_numbers=dims
+        )
+        return y.reshape(y.shape[0], -1)[:, :6] @ p["v"]
+
+    m = cj.from_function(net, w, jnp.ones((1, 3, 3, 4)))
+    q = insert(uniform(4, group_size=2), where="w")(m)
+    state = q.variables["quantize_state"]["params/w"]["weights"]
+    assert state["scale"].shape == (2, 2, 1, 1)
+    want = np.abs(np.asarray(w["w"])).reshape(2, 2, 2, 9).max((2, 3)) / 7
+    np.testing.assert_allclose(state["scale"][:, :, 0, 0], want, rtol=1e-6)
+    with pytest.raises(errors.RefusedError, match="does not divide axis 1") as e:
+        insert(uniform(4, group_size=3))(m)
+    assert "params/w" in str(e.value)
+
+
+def test_inputs_per_channel_and_what_packing_says(model):
+    channels = uniform(8, symmetric=False, signed=False, channel_axis=-1)
+    q = insert(W8, channels, overrides={"head/**": {"inputs": A8}}, batches=batches())(
+        model
+    )
+    state = q.variables["quantize_state"]["params/conv2/kernel"]["inputs"]
+    assert state["scale"].shape == (1, 1, 1, 4)
+    packed = cj.deploy.integer(tune=False)(q)
+    rows = {r.path: r for r in packed.report if r.transform == "deploy.integer"}
+    assert rows["params/head/kernel"].achieved == "int8"
+    assert rows["params/conv2/kernel"].achieved == "float"
+    x = batches()[0][0]
+    np.testing.assert_allclose(packed(x), q(x), atol=0.02)
+
+
 def test_a_second_insertion_has_its_own_collection(model):
     data = batches()
     first = insert(W8)(model)

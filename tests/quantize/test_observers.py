@@ -6,11 +6,27 @@ import numpy as np
 import pytest
 
 from compressjax.quantize import observers
-from compressjax.quantize.observers import Grid, minmax, mse, percentile
+from compressjax.quantize.observers import (
+    Grid,
+    aciq,
+    best_clip,
+    ema,
+    kl,
+    minmax,
+    mse,
+    percentile,
+)
 
 UNSIGNED = Grid(0, 255, False)
 SYMMETRIC = Grid(-127, 127, True)
-KINDS = {"minmax": minmax(), "percentile": percentile(99.9), "mse": mse()}
+KINDS = {
+    "minmax": minmax(),
+    "percentile": percentile(99.9),
+    "mse": mse(),
+    "kl": kl(),
+    "aciq": aciq(),
+    "aciq_gauss": aciq("gauss"),
+}
 
 
 def stream(seed=0, n=3, scale=(1.0, 7.0, 3.0)):
@@ -172,6 +188,124 @@ def test_zeros_and_bfloat16_are_fine(name):
     assert float(hi) == 1 and hi.dtype == jnp.float32
 
 
+def test_ema_is_minmax_with_a_momentum():
+    s = watch(ema(), [jnp.array([0.0, 10.0]), jnp.array([-5.0, 2.0])])
+    np.testing.assert_allclose(ema().range(s, SYMMETRIC), [-0.5, 9.2], rtol=1e-6)
+
+
+def divergence(counts, i, levels):
+    """Spec rule 6 in NumPy float64: KL(P || Q) when i bins are kept."""
+    p = counts[:i].copy()
+    p[-1] += counts[i:].sum()
+    q = np.zeros(i)
+    group = np.arange(i) * levels // i
+    for g in range(levels):
+        mine = (group == g) & (counts[:i] > 0)
+        if mine.any():
+            q[mine] = counts[:i][group == g].sum() / mine.sum()
+    if not q.any():
+        return np.inf
+
+    def smooth(h):
+        empty = h <= 0
+        h = h + np.where(empty, 1e-4, -1e-4 * empty.sum() / (~empty).sum())
+        return h / h.sum()
+
+    p, q = smooth(p), smooth(q)
+    return float(np.sum(p * np.log(p / q)))
+
+
+@pytest.mark.parametrize(
+    "signed, grid, levels",
+    [(True, SYMMETRIC, 128), (False, UNSIGNED, 256), (True, UNSIGNED, 128)],
+    ids=["symmetric", "after_relu", "asymmetric"],
+)
+def test_kl_against_numpy(signed, grid, levels):
+    rng = np.random.default_rng(1)
+    x = rng.standard_t(3, size=20_000).astype(np.float32)
+    x = x if signed else np.maximum(x, 0)
+    top = np.abs(x).max()
+    counts, edges = np.histogram(np.abs(x), 2048, (0, top))
+    counts = counts.astype(np.float64)
+    counts[0] = counts[1]
+    width = edges[1]
+    lo, hi = (float(v) for v in kl().direct(x, (), grid))
+    clip = max(-lo, hi)
+    assert lo == (max(-clip, float(x.min())) if signed else 0)
+    i = round(clip / width - 0.5)
+    # The candidate chosen is as good as any of a sample of the others.
+    others = [divergence(counts, k, levels) for k in range(levels, 2049, 40)]
+    assert divergence(counts, i, levels) <= min(others) * 1.02 + 1e-6
+    # The contrast: a few far values do not stretch the grid.
+    assert clip < 0.7 * top
+
+
+def test_kl_keeps_all_of_even_data():
+    x = np.random.default_rng(0).uniform(-1, 1, 50_000).astype(np.float32)
+    lo, hi = kl().direct(x, (), SYMMETRIC)
+    assert float(hi) > 0.97 and float(lo) < -0.97
+
+
+@pytest.mark.parametrize("density", ["laplace", "gauss"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_aciq_clip_is_best_for_its_model(density, bits):
+    """Our own search: the clipped part by a sum, the rounding part step^2 / 12."""
+    x = np.linspace(0, 40, 400_001)
+    if density == "laplace":
+        pdf = np.exp(-x) / 2
+    else:
+        pdf = np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+    step, best = x[1], best_clip(density, 2**bits)
+
+    def error(c):
+        clipped = 2 * np.sum(np.where(x > c, (x - c) ** 2 * pdf, 0)) * step
+        return clipped + (2 * c / 2**bits) ** 2 / 12
+
+    clips = best * np.linspace(0.9, 1.1, 201)
+    found = clips[np.argmin([error(c) for c in clips])]
+    assert found == pytest.approx(best, rel=3e-3)
+    spec = {"laplace": (2.83, 3.89, 5.03), "gauss": (1.71, 2.15, 2.55)}[density]
+    if bits <= 4:
+        # Published with two decimals, some of them cut and not rounded.
+        assert best == pytest.approx(spec[bits - 2], abs=0.011)
+
+
+@pytest.mark.parametrize("density", ["laplace", "gauss"])
+def test_aciq_on_its_own_density_is_nearly_the_best_clip(density):
+    """On samples: within 8 % of the mse search, and far from min-max."""
+    rng = np.random.default_rng(2)
+    x = getattr(rng, {"laplace": "laplace", "gauss": "normal"}[density])(size=50_000)
+    x = (3 * x).astype(np.float32)
+    relu, grid = np.maximum(x, 0), Grid(0, 15, False)
+    cases = [(x, Grid(-8, 7, True)), (x + 5, grid), (relu, grid)]
+    for data, grid in cases:
+        e = {
+            k: quantization_error(data, *o.direct(data, (), grid), grid)
+            for k, o in {
+                "aciq": aciq(density),
+                "mse": mse(),
+                "minmax": minmax(),
+            }.items()
+        }
+        assert e["aciq"] < 1.15 * e["mse"]
+        assert e["aciq"] < 0.75 * e["minmax"]
+
+
+def test_aciq_by_hand_over_two_batches_and_channels():
+    # channel 0: |x| = 1, 3, 2, 2: mean 2; channel 1 ten times that. W(48) = 2.8325.
+    o, grid = aciq(), Grid(-2, 1, True)
+    a = np.array([[1.0, 10.0], [-3.0, -30.0]], np.float32)
+    b = np.array([[2.0, 20.0], [-2.0, -20.0]], np.float32)
+    s = o.update(o.update(o.init((1, 2)), a), b)
+    lo, hi = o.range(s, grid)
+    # 2 * 2.83 is more than was seen.
+    assert hi.tolist() == [[2.0, 20.0]] and lo.tolist() == [[-3.0, -30.0]]
+    wide = np.concatenate([a, b, 50 * a])  # mean |x| = (8 + 200) / 6
+    _, hi = o.direct(wide, (1,), grid)
+    want = min(2.8325 * (8 + 200) / 6, 50)
+    np.testing.assert_allclose(hi[0], [want, 10 * want], rtol=1e-4)
+
+
 def test_a_histogram_per_channel_is_refused():
     with pytest.raises(ValueError, match="one range per tensor"):
         percentile().init((1, 3))
@@ -182,7 +316,8 @@ def test_bad_settings_are_refused():
         lambda: minmax(momentum=1.0),
         lambda: percentile(101.0),
         lambda: mse(candidates=0),
-        lambda: observers.from_settings({"name": "kl"}),
+        lambda: aciq("cauchy"),
+        lambda: observers.from_settings({"name": "gone"}),
     ):
         with pytest.raises(ValueError):
             make()

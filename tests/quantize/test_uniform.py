@@ -136,6 +136,47 @@ def test_channel_axes_of_an_einsum_weight(key):
     assert uniform(8, per_channel=False).init(w, channel_axis=1)["scale"].shape == ()
 
 
+def test_groups_of_input_channels_by_hand():
+    # Two groups of two along the inputs, two output channels, 2 bits narrow: q_p = 1.
+    w = jnp.array([[1.0, 8.0], [0.4, -2.0], [0.05, 0.5], [-0.2, 0.3]])
+    q = uniform(2, group_size=2)
+    state = q.init(w, channel_axis=1)
+    np.testing.assert_allclose(state["scale"], [[1.0, 8.0], [0.2, 0.5]], rtol=1e-6)
+    np.testing.assert_allclose(
+        q.apply(state, w), [[1, 8], [0, 0], [0, 0.5], [-0.2, 0.5]], rtol=1e-6
+    )
+    whole = uniform(2, group_size=2, per_channel=False)
+    np.testing.assert_allclose(whole.init(w, channel_axis=1)["scale"], [[8], [0.5]])
+    # New weights keep the shape of the groups.
+    np.testing.assert_allclose(
+        q.update(state, 10 * w)["scale"], 10 * state["scale"], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("shape, axes", [((3, 3, 8, 4), 3), ((8, 2, 6), (1, 2))])
+def test_smaller_groups_never_err_more(shape, axes):
+    w = np.random.default_rng(0).standard_t(3, size=shape).astype(np.float32)
+    size = w.shape[2] if len(shape) == 4 else w.shape[0]
+
+    def error(group):
+        q = uniform(4, group_size=group, observer=observers.mse())
+        state = q.init(w, channel_axis=axes)
+        return float(jnp.mean((q.apply(state, w) - w) ** 2))
+
+    errors = [error(g) for g in (1, 2, 4, size, None)]
+    assert errors == sorted(errors) and errors[1] < 0.6 * errors[-1]
+
+
+def test_inputs_per_channel():
+    q = uniform(8, symmetric=False, signed=False, channel_axis=-1)
+    spec = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+    x = jnp.array([[0.0, 2.55, 25.5], [1.0, 0.0, 2.0]])  # a batch of another size
+    state = q.update(q.init(spec), x)
+    np.testing.assert_allclose(state["scale"], [[1 / 255, 0.01, 0.1]], rtol=1e-6)
+    again = q.update(state, 10 * x)
+    np.testing.assert_allclose(again["scale"], [[10 / 255, 0.1, 1.0]], rtol=1e-6)
+
+
 def test_dead_channels_and_zeros_have_finite_steps_and_gradients():
     w = jnp.stack([jnp.zeros(5), jnp.arange(5.0)], axis=1)
     q = uniform(8)
@@ -184,16 +225,23 @@ def test_update_follows_a_weight_and_accumulates_an_input():
         lambda: uniform(True),
         lambda: uniform(8, signed=False, narrow=True),
         lambda: uniform(8).init(jnp.ones((2, 2)), channel_axis=2),
+        lambda: uniform(8, group_size=0),
+        lambda: uniform(8, group_size=3).init(jnp.ones((4, 2)), channel_axis=1),
+        lambda: uniform(8, group_size=2).init(jnp.ones((4, 2)), channel_axis=(0, 1)),
+        lambda: uniform(8, group_size=2).init(jax.ShapeDtypeStruct((4,), "float32")),
     ],
-    ids=["one_signed", "too_wide", "float", "bool", "narrow_unsigned", "axis"],
+    ids=[
+        *("one_signed", "too_wide", "float", "bool", "narrow_unsigned", "axis"),
+        *("no_group", "not_a_divisor", "nothing_to_group", "groups_of_an_input"),
+    ],
 )
 def test_bad_settings_are_refused(make):
-    with pytest.raises(ValueError, match="give|has none"):
+    with pytest.raises(ValueError, match="(?i)give|has none|leave"):
         make()
 
 
 def test_settings_build_the_same_quantizer_again(key):
-    q = uniform(5, symmetric=False, observer=observers.percentile(99.0))
+    q = uniform(5, symmetric=False, observer=observers.percentile(99.0), group_size=100)
     again = _settings.quantizer(q.settings)
     assert again.settings == q.settings and again.bits == 5
     x = jax.random.normal(key, (1000,))
