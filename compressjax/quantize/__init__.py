@@ -17,4 +17,5 @@ from compressjax.quantize._ptq import ptq as ptq
 from compressjax.quantize._quantizer import Quantizer as Quantizer
 from compressjax.quantize._round import learn_rounding as learn_rounding
 from compressjax.quantize._sensitivity import sensitivity as sensitivity
+from compressjax.quantize._reestimate import reestimate_norms as reestimate_norms
 from compressjax.quantize._uniform import uniform as uniform
