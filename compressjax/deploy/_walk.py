@@ -156,7 +156,7 @@ class Walk(_rules.Rules):
     def _as_float(self, x: Quantized) -> Any:
         if isinstance(x, Codes):
             scale = self.constant(
-                f"{CONSTANTS}/{x.marker}/scale", lambda: np.float32(x.scale)
+                f"{CONSTANTS}/{x.marker}/input_scale", lambda: np.float32(x.scale)
             )
             return (x.q.astype(jnp.int32) - x.zero).astype(jnp.float32) * scale
         if isinstance(x, Fixed):
