@@ -174,9 +174,19 @@ def from_equinox(
         (axis name "batch"); False if the module takes a batch.
 
     Raises:
-      TypeError: if `module` holds no arrays, such as a function around a module.
+      TypeError: if `module` holds no arrays, such as a function around a module; or if
+        it has layers with state and there is no `state`.
     """
     import equinox as eqx
+
+    held = jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, eqx.nn.StateIndex))
+    if state is None and any(isinstance(x, eqx.nn.StateIndex) for x in held):
+        name = type(module).__name__
+        raise TypeError(
+            f"{name} has layers with state, such as BatchNorm, and no state= came. "
+            f"Make both with module, state = eqx.nn.make_with_state({name})(...), and "
+            "pass from_equinox(module, *inputs, state=state)."
+        )
 
     params, static = eqx.partition(module, eqx.is_inexact_array)
     params_tree, keys, leaves = _by_path(params)

@@ -149,6 +149,14 @@ def test_equinox_mlp_of_one_example_is_mapped_over_the_batch():
         cj.from_equinox(jax.vmap(net), x)
 
 
+def test_an_equinox_module_with_state_needs_its_state():
+    with pytest.raises(TypeError, match=r"make_with_state\(Equinox\).* state=state"):
+        cj.from_equinox(Equinox(jax.random.key(0)), X)
+    net, _ = eqx.nn.make_with_state(Equinox)(jax.random.key(0))
+    with pytest.raises(TypeError, match="no state= came"):
+        cj.from_equinox(net, X)
+
+
 def test_from_function_wraps_a_bare_tree_and_keeps_collections():
     bare = cj.from_function(lambda p, x: x @ p[0], [jnp.eye(3)], jnp.ones((1, 3)))
     assert [s.name for s in cj.sites(bare)] == ["params/0"]
