@@ -30,7 +30,7 @@ import numpy as np
 from rich import box, console, jupyter, table, text
 
 from compressjax.core import errors, lowered, macs, packing, trace, trees
-from compressjax.core.model import Model
+from compressjax.core.model import Model, expect
 from compressjax.core.sites import Site
 
 
@@ -108,7 +108,7 @@ def count(model: Model, **kwargs: Any) -> Costs:
     >>> costs.params, costs.macs, costs.bops, costs.bytes
     (8, 6, 6144, 32)
     """
-    counted, found = _sites_of_one_example(model, kwargs)
+    counted, found = _sites_of_one_example(expect(model), kwargs)
     leaves = trees.flat(model.variables)
     kept = _kept(leaves)
     given = {_tail(name): bits for name, bits in model.bits.items()}

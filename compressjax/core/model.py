@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -78,6 +79,9 @@ class Model:
     ...                      jnp.ones((4, 3)))
     >>> m(jnp.ones((1, 3))).tolist()
     [[3.0, 3.0]]
+    >>> m
+    Model(params: 1 leaves, 6 numbers | inputs: float32[4, 3] | trainable: params | \
+history: from_function)
     """
 
     apply_fn: Callable[..., Any]
@@ -89,6 +93,21 @@ class Model:
         default_factory=flax_core.FrozenDict
     )
     report: tuple[Row, ...] = ()
+
+    def __repr__(self) -> str:
+        kept = self.variables if isinstance(self.variables, Mapping) else {}
+        parts = []
+        for name, tree in kept.items():
+            leaves = jax.tree.leaves(tree)
+            total = sum(math.prod(getattr(x, "shape", ())) for x in leaves)
+            parts.append(f"{name}: {len(leaves)} leaves, {total:,} numbers")
+        inputs = jax.tree.map(_short_spec, self.inputs)
+        return (
+            f"Model({'; '.join(parts) or type(self.variables).__name__} | "
+            f"inputs: {', '.join(map(str, inputs))} | "
+            f"trainable: {', '.join(self.trainable)} | "
+            f"history: {', '.join(step.name for step in self.history)})"
+        )
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         return self.apply_fn(self.variables, *inputs, **kwargs)
@@ -112,6 +131,21 @@ class Model:
         return {k: self.variables[k] for k in self.trainable if k in self.variables}
 
 
+def expect(model: Any) -> Model:
+    """`model`, if it is one: every way into the library comes by here.
+
+    Raises:
+      TypeError: for anything else, such as the variables alone.
+    """
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"expected a Model, got {type(model).__name__}: make one with "
+            "cj.from_function(fn, variables, *inputs), from_linen, from_nnx or "
+            "from_equinox."
+        )
+    return model
+
+
 def compose(*transforms: Transform) -> Transform:
     """One transform that applies the given ones from left to right.
 
@@ -125,6 +159,10 @@ def compose(*transforms: Transform) -> Transform:
         return model
 
     return composed
+
+
+def _short_spec(x: Any) -> str:
+    return f"{getattr(x, 'dtype', type(x).__name__)}{list(getattr(x, 'shape', ()))}"
 
 
 def spec_of(x: Any) -> jax.ShapeDtypeStruct:

@@ -32,13 +32,13 @@ class Rewriter:
     """
 
     def __init__(self, model: Model, where: str = "**"):
+        first = tracing.trace_model(model)
         self.apply_fn, self.where, self.trainable = (
             model.apply_fn,
             where,
             model.trainable,
         )
         self._seen: dict[Any, frozenset[str]] = {}
-        first = tracing.trace_model(model)
         self.found = self._find(first)
         self.names = self.found.select(where)
 

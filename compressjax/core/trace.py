@@ -18,6 +18,7 @@ import jax.extend.source_info_util as source_info
 import numpy as np
 
 from compressjax.core import trees
+from compressjax.core.model import expect
 
 Jaxpr = jex.core.Jaxpr
 ClosedJaxpr = jex.core.ClosedJaxpr
@@ -98,6 +99,7 @@ def trace(
 
 def trace_model(model: Any, **kwargs: Any) -> Trace:
     """`trace` of a Model on its own input specs; needs no data."""
+    model = expect(model)
     return trace(model.apply_fn, model.variables, model.inputs, kwargs)
 
 

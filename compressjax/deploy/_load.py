@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from compressjax import merge
 from compressjax.core import doors, errors, rewrite, trees
-from compressjax.core.model import Model, Row, Step, Transform, zeros_like_spec
+from compressjax.core.model import Model, Row, Step, Transform, expect, zeros_like_spec
 from compressjax.deploy import _integer, _save, _tune
 from compressjax.quantize import _correct_bias, _insert
 
@@ -137,7 +137,7 @@ def _original(history: tuple[Step, ...], inputs: tuple[Any, ...]) -> Model:
 
 
 def _zeroed(model: Model, history: tuple[Step, ...]) -> Model:
-    if model.history != history[: len(model.history)]:
+    if expect(model).history != history[: len(model.history)]:
         raise errors.CheckpointError(
             f"the Model passed has the history {[s.name for s in model.history]}, with "
             f"which {[s.name for s in history]} does not begin.",

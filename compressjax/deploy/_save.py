@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from compressjax.core import errors, trees
-from compressjax.core.model import Model
+from compressjax.core.model import Model, expect
 
 FORMAT = 1
 MANIFEST, ARRAYS = "manifest.json", "arrays"
@@ -88,7 +88,7 @@ def save(path: str | os.PathLike[str], model: Model) -> None:
 
 
 def _leaves(model: Model) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(model.variables)
+    leaves = jax.tree_util.tree_leaves_with_path(expect(model).variables)
     return [(trees.join(keys), leaf) for keys, leaf in leaves]
 
 

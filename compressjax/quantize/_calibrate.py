@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from compressjax.core import errors, trees
 from compressjax.core import trace as tracing
-from compressjax.core.model import Model, Step, Transform, zeros_like_spec
+from compressjax.core.model import Model, Step, Transform, expect, zeros_like_spec
 from compressjax.quantize._quantizer import WATCH
 
 TRAINED, OBSERVED = "quantize", "quantize_state"
@@ -46,7 +46,7 @@ def calibrate(batches: Iterable[Any]) -> Transform:
     """
 
     def transform(model: Model) -> Model:
-        names = _collections(model)
+        names = _collections(expect(model))
         step = jax.jit(_observe(model, names))
         states = {n: model.variables[n] for n in names}
         if _is_calibrated(states):
