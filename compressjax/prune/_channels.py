@@ -46,6 +46,7 @@ def channels(
     Raises:
       NoMatchError: `where`, or a pattern of `exclude`, selects no group.
       RefusedError: no selected group can be pruned.
+      TypeError: ratio is no number.
       ValueError: ratio or round_to out of range.
 
     >>> m = cj.from_function(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"],
@@ -56,6 +57,11 @@ def channels(
     >>> small.report[0].achieved
     0.8
     """
+    if isinstance(ratio, str) or not hasattr(ratio, "__float__"):
+        raise TypeError(
+            f"ratio={ratio!r} is a {type(ratio).__name__}, not a number; "
+            "channels(0.5, where=...) takes names through where=."
+        )
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio={ratio} is outside 0 <= ratio < 1.")
     if round_to < 1 or int(round_to) != round_to:

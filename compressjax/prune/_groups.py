@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from compressjax.core import labels, trace
+from compressjax.core import labels, sites, trace
 from compressjax.core.model import Model
 
 LeafAxis = tuple[str, int]
@@ -95,7 +95,49 @@ def groups(
         )
         if v != default
     )
-    return _build(found, options)
+    out = _build(found, options)
+    return (*out, *_out_of_reach(traced, model.trainable, found, options, out))
+
+
+def _out_of_reach(
+    traced: trace.Trace,
+    trainable: tuple[str, ...],
+    found: labels.LabelledVariables,
+    options: tuple[tuple[str, str], ...],
+    known: tuple[ChannelGroup, ...],
+) -> list[ChannelGroup]:
+    """Weights used only where no label is carried (cond, while), each frozen."""
+    listed = {path for group in known for path, _ in group.members}
+    shapes = dict(zip(found.paths, found.shapes, strict=True))
+    lost = {p for p, shape in shapes.items() if len(shape) > 1} - listed
+    if not lost:
+        return []
+    out = []
+    for site in sites.find(traced, trainable).sites:
+        if site.leaf not in lost or site.w.shape != shapes[site.leaf]:
+            continue
+        lost.discard(site.leaf)
+        axis = site.w_out_axes[-1] if site.w_out_axes else site.w.ndim - 1
+        n = shapes[site.leaf][axis]
+        here = found.classes.get((found.paths.index(site.leaf), axis), np.empty(0, int))
+        out.append(
+            ChannelGroup(
+                name=site.leaf,
+                size=n,
+                producers=((site.leaf, axis),),
+                consumers=(),
+                vectors=(),
+                prunable=False,
+                reason=next(
+                    (found.reasons[c] for c in here.tolist() if c in found.reasons),
+                    f"is used inside {site.inside[-1] if site.inside else 'a call'}",
+                ),
+                blocks=1,
+                options=options,
+                members={(site.leaf, axis): np.arange(n)},
+            )
+        )
+    return out
 
 
 def _build(

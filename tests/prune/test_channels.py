@@ -168,3 +168,9 @@ def test_scores_with_random_key_and_norms():
     )
     with pytest.raises(errors.RefusedError, match="values"):
         prune.scores.l2(model.replace(variables=shapes), group)
+
+
+@pytest.mark.parametrize("ratio", ["a", "0.5", None, [0.5]])
+def test_a_ratio_that_is_no_number_is_named(ratio):
+    with pytest.raises(TypeError, match=r"ratio=.* is a \w+, not a number"):
+        cj.prune.channels(ratio)

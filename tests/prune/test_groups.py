@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from compressjax import prune
+from compressjax import from_function, prune
+from compressjax.core import errors
 from tests.prune import law
 from tests.prune.nets import NETS, conv
 
@@ -198,3 +199,22 @@ def test_stacked_axis_of_a_scan_is_frozen():
 def test_unknown_option():
     with pytest.raises(ValueError, match="attention"):
         groups_of(lambda v, x: x, {"a": spec(1, 1)}, spec(1, 1), attention="both")
+
+
+@pytest.mark.parametrize("place", ["cond", "while"])
+def test_weights_in_branches_and_loops_are_listed_frozen(place):
+    def net(p, x):
+        h = jax.nn.relu(x @ p["a"])
+        if place == "cond":
+            h = jax.lax.cond(x.sum() > 0, lambda h: h @ p["b"].T, lambda h: h, h)
+        else:
+            h = jax.lax.while_loop(lambda h: h.sum() < 3, lambda h: h @ p["b"].T, h)
+        return h @ p["c"]
+
+    p = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 4)), "c": jnp.ones((4, 2))}
+    model = from_function(net, p, jnp.ones((1, 3)))
+    (inner,) = [g for g in prune.groups(model) if g.name == "params/b"]
+    assert not inner.prunable and inner.size == 4
+    assert f"{place}: no rule carries channels" in inner.reason
+    with pytest.raises(errors.RefusedError, match=f"params/b: {place}"):
+        prune.channels(0.5, where="b")(model)
