@@ -20,7 +20,7 @@ from compressjax import merge
 from compressjax.core import doors, errors, rewrite, trees
 from compressjax.core.model import Model, Row, Step, Transform, expect, zeros_like_spec
 from compressjax.deploy import _integer, _save, _tune
-from compressjax.quantize import _correct_bias, _insert
+from compressjax.quantize import _correct_bias, _insert, _remove, _schedule
 
 
 def _prune(step: Step) -> Transform:
@@ -38,6 +38,8 @@ REPLAY: dict[str, Callable[[Step], Transform]] = {
     "quantize.calibrate": _insert.replay,
     "quantize.correct_bias": _correct_bias.replay,
     "quantize.equalize": lambda step: lambda model: model.then(step),
+    "quantize.remove": lambda step: _remove.remove(),
+    "quantize.schedule": lambda step: _schedule.schedule(**step.settings),
     "quantize.reestimate_norms": lambda step: lambda model: model.then(step),
     "capture": lambda step: rewrite.capture(**step.settings),
     "deploy.tune": lambda step: _tune.tune(**step.settings),

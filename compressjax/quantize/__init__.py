@@ -7,6 +7,8 @@ from compressjax.quantize._correct_bias import (
     clipped_normal_mean as clipped_normal_mean,
 )
 from compressjax.quantize._correct_bias import correct_bias as correct_bias
+from compressjax.quantize._damp import damp as damp
+from compressjax.quantize._decay_mask import decay_mask as decay_mask
 from compressjax.quantize._equalize import equalize as equalize
 from compressjax.quantize._guard import Spread as Spread
 from compressjax.quantize._guard import guard as guard
@@ -15,7 +17,9 @@ from compressjax.quantize._insert import insert as insert
 from compressjax.quantize._insert import replay as replay
 from compressjax.quantize._ptq import ptq as ptq
 from compressjax.quantize._quantizer import Quantizer as Quantizer
-from compressjax.quantize._round import learn_rounding as learn_rounding
-from compressjax.quantize._sensitivity import sensitivity as sensitivity
 from compressjax.quantize._reestimate import reestimate_norms as reestimate_norms
+from compressjax.quantize._remove import remove as remove
+from compressjax.quantize._round import learn_rounding as learn_rounding
+from compressjax.quantize._schedule import schedule as schedule
+from compressjax.quantize._sensitivity import sensitivity as sensitivity
 from compressjax.quantize._uniform import uniform as uniform

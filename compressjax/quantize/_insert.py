@@ -23,6 +23,7 @@ Whether a quantizer has seen data is written in the structure of its state, so t
 is known under jit.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -37,6 +38,7 @@ from compressjax.quantize import _calibrate, _settings
 from compressjax.quantize._calibrate import OBSERVED, TRAINED
 from compressjax.quantize._quantizer import WATCH, Quantizer
 
+SCHEDULE = "quantize_schedule"  # the counter of `schedule`
 Pair = tuple[Quantizer | None, Quantizer | None]
 Override = Mapping[str, Quantizer | None] | None
 
@@ -59,6 +61,8 @@ def insert(
       where: a glob over site names.
       overrides: {glob: {"weights": quantizer, "inputs": quantizer}}; a missing key
         keeps the quantizer above, None is float; {glob: None} leaves the site alone.
+        "second" is the quantizer of the second operand of a product of activations
+        (default: that of "inputs").
         The last glob that matches counts.
       batches: a re-iterable of input tuples to calibrate with at once.
 
@@ -85,7 +89,8 @@ def insert(
         plan, rows = _plan(rewriter, weights, inputs, where, chosen_overrides)
         names = _fresh_names(model.variables)
         initial = _initial(rewriter, plan, model)
-        apply_fn = _apply(rewriter, plan, _stateless(initial), *names)
+        made = Inserted(rewriter, plan, _stateless(initial), *names, model.bits)
+        apply_fn = apply_of(made)
         trained, observed = _split(plan, initial)
         new = {names[0]: trained} if trained else {}
         new |= {names[1]: observed} if observed else {}
@@ -119,12 +124,12 @@ def insert(
 
 def _check_override(glob: str, value: Override) -> None:
     good = value is None or (
-        isinstance(value, Mapping) and set(value) <= {"weights", "inputs"}
+        isinstance(value, Mapping) and set(value) <= {"weights", "inputs", "second"}
     )
     if not good:
         raise TypeError(
-            f'overrides["{glob}"] is {value!r}: give None, or a dict with "weights" '
-            'and/or "inputs".'
+            f'overrides["{glob}"] is {value!r}: give None, or a dict with "weights", '
+            '"inputs" and/or "second".'
         )
 
 
@@ -145,19 +150,21 @@ def _plan(
         if site.name not in selected:
             rows.append(Row("quantize.insert", site.name, None, None, "not in `where`"))
             continue
-        q_w, q_x = weights, inputs
+        q_w, q_x, second = weights, inputs, inputs
         reason = ""
         for glob, value in overrides.items():
             if not trees.matches(glob, site.name):
                 continue
             if value is None:
-                q_w, q_x, reason = None, None, f'overrides["{glob}"] is None'
+                q_w = q_x = second = None
+                reason = f'overrides["{glob}"] is None'
             else:
                 q_w, q_x = value.get("weights", weights), value.get("inputs", inputs)
+                second = value.get("second", q_x)
                 reason = ""
         asked = _word(q_w, q_x)
         if site.leaf is None:
-            q_w = q_x
+            q_w = second
             reason = reason or "a product of activations; inputs is None"
         floats = [jnp.issubdtype(s.dtype, jnp.floating) for s in (site.x, site.w)]
         if not all(floats):
@@ -273,13 +280,67 @@ def _without(mutable: Any, name: str) -> Any:
     return mutable
 
 
-def _apply(
-    rewriter,
-    plan: Mapping[str, Pair],
-    stateless: frozenset[tuple[str, str]],
-    trained: str,
-    observed: str,
-):
+@dataclasses.dataclass(frozen=True)
+class Inserted:
+    """What an insertion did: enough to take it off again, or to put it in otherwise.
+
+    Attributes:
+      rewriter: of the function before.
+      plan: {site: (quantizer of weights, of inputs)}.
+      stateless: (site, role) of the quantizers whose state has no arrays.
+      trained: name of the collection of trained states.
+      observed: name of the collection of observed states.
+      bits: of the Model before.
+    """
+
+    rewriter: rewrite.Rewriter
+    plan: Mapping[str, Pair]
+    stateless: frozenset[tuple[str, str]]
+    trained: str
+    observed: str
+    bits: Mapping[str, tuple[int, int]]
+
+    @property
+    def schedule(self) -> str:
+        """Name of the collection of the step counter, if there is one."""
+        return SCHEDULE + self.observed.removeprefix(OBSERVED)
+
+    @property
+    def collections(self) -> tuple[str, ...]:
+        return self.trained, self.observed, self.schedule
+
+    def take(self, variables: Mapping[str, Any]) -> tuple[dict, dict]:
+        """(variables of the network, {site: {role: state}})."""
+        rest = {k: v for k, v in variables.items() if k not in self.collections}
+        return rest, _join(
+            variables.get(self.trained, {}), variables.get(self.observed, {})
+        )
+
+
+def made_by(model: Model, operation: str) -> Inserted:
+    """What made the function of this Model, if that was an insertion.
+
+    Raises:
+      RefusedError: if it was not, naming the operation that asks.
+    """
+    made = getattr(model.apply_fn, "inserted", None)
+    before = getattr(model.apply_fn, "__wrapped__", None)
+    # A function wrapped around ours has copied its attributes, but not what it wraps.
+    if made is None or before is not made.rewriter.apply_fn:
+        names = [step.name for step in model.history]
+        raise errors.RefusedError(
+            f"quantizers are not the last thing put in; its history is {names}.",
+            operation=operation,
+            remedy="Apply it right after insert, calibrate or ptq.",
+        )
+    return made
+
+
+def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None = None):
+    """The function of a network with quantizers; `schedule` explains the two steps."""
+    rewriter, plan, stateless = made.rewriter, made.plan, made.stateless
+    trained, observed = made.trained, made.observed
+    scheduled = bool(inputs_after) or ranges_until is not None
     inner = rewriter.apply_fn
 
     def unready(states) -> str | None:
@@ -293,12 +354,16 @@ def _apply(
 
     @functools.wraps(inner)
     def apply_fn(variables, *args, **kwargs):
-        variables = dict(variables)
         has_observed = observed in variables
-        states = _join(variables.pop(trained, {}), variables.pop(observed, {}))
+        counter: dict[str, Any] = variables.get(made.schedule, {})
+        at = counter.get("step", 0)
+        variables, states = made.take(variables)
         mutable = kwargs.get("mutable", False)
         observing = mutable is not False and flax_scope.in_filter(mutable, observed)
-        inner_mutable = _without(mutable, observed)
+        counting = mutable is not False and flax_scope.in_filter(mutable, made.schedule)
+        counting = counting and bool(counter)
+        delayed = bool(inputs_after) and counting
+        inner_mutable = _without(_without(mutable, observed), made.schedule)
         if inner_mutable is False:  # a plain function may not know the keyword
             kwargs.pop("mutable", None)
         else:
@@ -310,6 +375,13 @@ def _apply(
                 path=waiting,
                 operation="quantize.insert",
                 remedy="Run cj.quantize.calibrate(batches)(model) first.",
+            )
+        if scheduled and not counter:
+            raise errors.RefusedError(
+                "the counter of its schedule is missing.",
+                path=made.schedule,
+                operation="quantize.schedule",
+                remedy=f'Pass the collection "{made.schedule}" of the Model on.',
             )
 
         def rule(site, op, x, w, state):
@@ -332,23 +404,35 @@ def _apply(
                 part, value = (state or {}).get(role, {}), values[role]
                 watching = not q.trained or WATCH in part
                 if observing and q.update is not None and watching and not missing:
-                    part = q.update(part or q.init(_spec(value)), value)
+                    old, part = part, q.update(part or q.init(_spec(value)), value)
+                    if ranges_until is not None and waiting is None:
+                        part = _select(at < ranges_until, part, old)
                     new[role] = part
                 if waiting is None:
                     values[role] = q.apply(part, value)
+                    if delayed and (role == "inputs" or site.leaf is None):
+                        values[role] = _select(at < inputs_after, value, values[role])
             return op(values["inputs"], values["weights"]), new or None
 
         out, new = rewriter(rule, states, variables, args, kwargs)
-        if not observing:
+        if not (observing or counting):
             return out
         out, updates = (out, {}) if inner_mutable is False else out
-        if not has_observed:
-            return out, updates
-        _, before = _split(plan, states)
-        _, after = _split(plan, new)
-        return out, {**updates, observed: _join(before, after)}
+        updates = dict(updates)
+        if observing and has_observed:
+            _, before = _split(plan, states)
+            _, after = _split(plan, new)
+            updates[observed] = _join(before, after)
+        if counting:
+            updates[made.schedule] = {"step": at + 1}
+        return out, updates
 
+    apply_fn.__dict__["inserted"] = made
     return apply_fn
+
+
+def _select(first: Any, a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)
 
 
 def replay(step: Step) -> Transform:
