@@ -20,6 +20,7 @@ division by a broadcast scalar anyway, but not out of a division by a vector, so
 codes next to a tie would depend on the shape of s and on what is jitted (seen).
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -117,3 +118,23 @@ def fake_quant(x: Any, scale: Any, zero: Any, lo: Any, hi: Any) -> jax.Array:
         return a if jnp.issubdtype(a.dtype, jnp.floating) else a.astype(np.float32)
 
     return _fake_quant(x, *(wide(a) for a in (scale, zero, lo, hi)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def learned_scale(s: jax.Array, gradient: float, floor: float) -> jax.Array:
+    """max(s, floor), with the derivative `gradient` everywhere.
+
+    A step that training pushed below the floor still gets gradients, and returns.
+
+    >>> float(learned_scale(jnp.float32(-1.0), 0.5, 1e-8)) > 0
+    True
+    >>> float(jax.grad(learned_scale)(-1.0, 0.5, 1e-8))
+    0.5
+    """
+    return jnp.maximum(s, floor)
+
+
+@learned_scale.defjvp
+def _(gradient, floor, primals, tangents):
+    (s,), (ds,) = primals, tangents
+    return learned_scale(s, gradient, floor), gradient * ds

@@ -9,12 +9,15 @@ from compressjax.quantize._correct_bias import (
 from compressjax.quantize._correct_bias import correct_bias as correct_bias
 from compressjax.quantize._damp import damp as damp
 from compressjax.quantize._decay_mask import decay_mask as decay_mask
+from compressjax.quantize._dorefa import dorefa as dorefa
 from compressjax.quantize._equalize import equalize as equalize
 from compressjax.quantize._guard import Spread as Spread
 from compressjax.quantize._guard import guard as guard
 from compressjax.quantize._guard import spread as spread
 from compressjax.quantize._insert import insert as insert
 from compressjax.quantize._insert import replay as replay
+from compressjax.quantize._lsq import lsq as lsq
+from compressjax.quantize._pact import pact as pact
 from compressjax.quantize._ptq import ptq as ptq
 from compressjax.quantize._quantizer import Quantizer as Quantizer
 from compressjax.quantize._reestimate import reestimate_norms as reestimate_norms
@@ -22,4 +25,7 @@ from compressjax.quantize._remove import remove as remove
 from compressjax.quantize._round import learn_rounding as learn_rounding
 from compressjax.quantize._schedule import schedule as schedule
 from compressjax.quantize._sensitivity import sensitivity as sensitivity
+from compressjax.quantize._twin import twin_uniform as twin_uniform
+from compressjax.quantize._twin_sites import twin_overrides as twin_overrides
+from compressjax.quantize._twin_sites import twin_sites as twin_sites
 from compressjax.quantize._uniform import uniform as uniform

@@ -5,6 +5,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 State = dict[str, Any]
 WATCH = "watch"  # what a trained quantizer of inputs has seen before it starts
 
@@ -65,3 +68,39 @@ def channel_axes(channel_axis: int | tuple[int, ...] | None, ndim: int) -> tuple
                 f"give values from {-ndim} to {ndim - 1}."
             )
     return tuple(sorted(a % ndim for a in axes))
+
+
+def check_bits(bits: Any, low: int, high: int) -> None:
+    """ValueError unless bits is an integer in [low, high]."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:
+        raise ValueError(f"bits={bits!r}: give an integer from {low} to {high}.")
+
+
+def positive(s: Any) -> jax.Array:
+    """A scale that is never 0: at least 2^-20 of the widest, and 1 if all are 0.
+
+    >>> positive(jnp.array([0.0, 4.0])).tolist() == [4 * 2**-20, 4.0]
+    True
+    """
+    s = jnp.asarray(s, jnp.float32)
+    widest = jnp.max(s)
+    least = jnp.where(widest > 0, jnp.maximum(widest * 2**-20, 1e-30), 1.0)
+    return jnp.maximum(s, least)
+
+
+def mean_of() -> dict[str, jax.Array]:
+    """The state of a running mean that has seen nothing."""
+    return {"mean": jnp.zeros(()), "count": jnp.zeros(())}
+
+
+def mean_with(state: dict[str, Any], x: jax.Array) -> dict[str, Any]:
+    """The running mean of everything seen, with x.
+
+    >>> s = mean_with(mean_with(mean_of(), jnp.array([1.0, 3.0])), jnp.array([5.0]))
+    >>> float(s["mean"])
+    3.0
+    """
+    count = state["count"] + x.size
+    share = x.size / count
+    new = jnp.mean(x.astype(jnp.float32))
+    return {"mean": state["mean"] + (new - state["mean"]) * share, "count": count}

@@ -8,10 +8,22 @@ import json
 from collections.abc import Callable
 
 from compressjax.core import errors
-from compressjax.quantize import _quantizer, _uniform, observers
+from compressjax.quantize import (
+    _dorefa,
+    _lsq,
+    _pact,
+    _quantizer,
+    _twin,
+    _uniform,
+    observers,
+)
 
 # Name in the settings -> factory.
 FACTORIES: dict[str, Callable[..., _quantizer.Quantizer]] = {
+    "dorefa": _dorefa.dorefa,
+    "lsq": _lsq.lsq,
+    "pact": _pact.pact,
+    "twin_uniform": _twin.twin_uniform,
     "uniform": _uniform.uniform,
 }
 
@@ -40,7 +52,7 @@ def quantizer(text: str) -> _quantizer.Quantizer:
             operation="quantize.insert",
             remedy="Load it with the version that saved it.",
         )
-    if "observer" in settings:
+    if settings.get("observer") is not None:
         settings["observer"] = observers.from_settings(settings["observer"])
     if isinstance(settings.get("quantizer"), str):
         settings["quantizer"] = quantizer(settings["quantizer"])

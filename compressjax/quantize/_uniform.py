@@ -109,7 +109,8 @@ def uniform(
         channel_axis: int | tuple[int, ...] | None = channel_axis,
         group_axis: int | None = None,
     ) -> _quantizer.State:
-        axes = _quantizer.channel_axes(channel_axis, x.ndim) if per_channel else ()
+        outputs = _quantizer.channel_axes(channel_axis, x.ndim)
+        axes = outputs if per_channel else ()
         shape = [n if a in axes else 1 for a, n in enumerate(x.shape)]
         if isinstance(x, jax.ShapeDtypeStruct):
             if group_size is not None:
@@ -119,7 +120,7 @@ def uniform(
                 )
             return {"observer": observer.init(tuple(shape) if axes else ())}
         if group_size is not None:
-            axis, n = _groups(x.shape, axes, group_axis, group_size)
+            axis, n = _groups(x.shape, outputs, group_axis, group_size)
             shape[axis] = n
             axes = (*axes, axis)
         return ranges(jax.lax.stop_gradient(jnp.asarray(x)), shape if axes else [])
@@ -167,11 +168,11 @@ def uniform(
 def _groups(
     shape: Sequence[int], axes: Sequence[int], axis: int | None, size: int
 ) -> tuple[int, int]:
-    """(axis, number of groups); by default the last axis without own steps."""
+    """(axis, number of groups); by default the last that is none of outputs."""
     shared = [a for a in range(len(shape)) if a not in axes]
     if not shared:
         raise ValueError(
-            f"group_size={size}, but every axis of {tuple(shape)} has its own steps."
+            f"group_size={size}, but every axis of {tuple(shape)} is one of outputs."
             " Leave it out."
         )
     axis = shared[-1] if axis is None else axis % len(shape)
