@@ -51,7 +51,7 @@ def test_kernels_decay_and_nothing_else(model):
 
 
 def test_it_fits_optax(model):
-    """The law: p - lr * rate * p at weights; the contrast: without mask steps shrink."""
+    """The law: weights become 0.9 w. The contrast: without the mask steps shrink."""
     quantized = insert(gain())(model)
     trained = quantized.select_trainable()
     none = jax.tree.map(jnp.zeros_like, trained)
