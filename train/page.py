@@ -56,7 +56,12 @@ def render(found: dict[str, Any]) -> str:
     environment.filters.update(
         amount=report.amount, milliseconds=report.milliseconds, percent=percent
     )
-    environment.globals.update(fastest=report.fastest, variants=report.variants)
+    environment.globals.update(
+        fastest=report.fastest,
+        variants=report.variants,
+        sizes=report.SIZES,
+        notes=report.notes,
+    )
     template = environment.get_template("report.html.jinja")
     return template.render(
         report=found,
@@ -103,12 +108,20 @@ def training(found: dict[str, Any]) -> str:
         axes = figure.subplots()
         rows = found["metrics"]
         top = max(row["total_step"] for row in rows) or 1
+        rings: dict[int, int] = {}  # how many stages stand at a step
         for i, stage in enumerate(found["stages"]):
             own = [row for row in rows if row["stage"] == stage["name"]]
             x = [row["total_step"] for row in own]
             colour = CYCLE[i % len(CYCLE)]
             y = [100 * row["test_accuracy"] for row in own]
-            axes.plot(x, y, color=colour, lw=2, marker="o", ms=4, label=stage["name"])
+            dot: dict[str, Any] = {"ms": 4}
+            if len(own) == 1:  # did not train: a ring around what else is there
+                rings[x[0]] = rings.get(x[0], 0) + 1
+                dot = {"ms": 3 + 5 * rings[x[0]], "mfc": "none", "mew": 1.8, "lw": 0}
+            axes.plot(
+                x, y, **{"color": colour, "lw": 2, "marker": "o"} | dot,
+                label=stage["name"],
+            )  # fmt: skip
             trained = [row for row in own if "train_accuracy" in row]
             axes.plot(
                 [row["total_step"] for row in trained],
@@ -132,7 +145,7 @@ def accuracy(found: dict[str, Any]) -> str:
     """Accuracy at the end of each stage, and before the stage trained."""
     with matplotlib.rc_context(STYLE):
         stages = found["stages"]
-        figure = _figure(4.7, 0.9 + 0.42 * len(stages))
+        figure = _figure(4.7, 1.2 + 0.42 * len(stages))
         axes = figure.subplots()
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
@@ -146,8 +159,8 @@ def accuracy(found: dict[str, Any]) -> str:
         ):
             if i and stage["epochs"]:
                 axes.plot([start, value], [i, i], color=GREY, lw=1.5, zorder=1)
-                axes.scatter([start], [i], s=34, color=GREY, zorder=2)
-            axes.scatter([value], [i], s=64, color=BLUE, zorder=3)
+                axes.scatter([start], [i], s=34, color=GREY, zorder=2, label="before")
+            axes.scatter([value], [i], s=64, color=BLUE, zorder=3, label="after")
             axes.annotate(
                 f"{value:.2f}", (value, i), (8, 0), textcoords="offset points",
                 va="center",
@@ -158,6 +171,15 @@ def accuracy(found: dict[str, Any]) -> str:
         axes.set_xlim(low - 0.08 * room, high + 0.25 * room)
         axes.set_ylim(len(stages) - 0.5, -0.5)
         axes.set_title("Test accuracy, %")
+        handles, labels = axes.get_legend_handles_labels()
+        shown = dict(zip(labels, handles, strict=True))  # one of each
+        kinds = {"after": "at the end of the stage", "before": "before it trained"}
+        figure.legend(
+            [shown[k] for k in kinds if k in shown],
+            [text for k, text in kinds.items() if k in shown],
+            loc="outside lower left",
+            ncols=2,
+        )
         return _svg(figure, "accuracy")
 
 
@@ -186,7 +208,7 @@ def costs(found: dict[str, Any]) -> str:
         figure = _figure(9.6, 0.7 + 0.34 * len(stages))
         every = figure.subplots(1, 3)
         kinds = (
-            ("weight_bytes", "B", "Weights, bytes"),
+            ("weight_bytes", "B", "Weights at their bits"),
             ("macs", "", "Multiply-accumulates"),
             ("bops", "", "Bit operations"),
         )

@@ -12,6 +12,7 @@ import json
 import pathlib
 import platform
 import random
+import shlex
 import shutil
 import statistics
 import sys
@@ -20,10 +21,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich import box, console, table
 
 import compressjax as cj
+from compressjax.core import trees
 from train import checkpoints
 from train import config as configs
 from train import mesh as meshes
@@ -32,6 +35,7 @@ Array = Any
 
 MIN_SECONDS = 0.004  # a timing repeats its call until it has taken this long
 FLOATS = ("plain float", "tuned float")
+SIZES = ("weights at their bits", "saved files")  # the two columns of bytes
 
 
 def write(
@@ -80,6 +84,7 @@ def collect(
                     root / "models" / f"{i:02d}-{stage.name}", model
                 ),
                 "latency": latency[i],
+                "simulated": is_simulated(model, costs),
                 "layers": [dataclasses.asdict(row) for row in costs.rows],
                 "history": [step.name for step in model.history],
                 "asked": [dataclasses.asdict(row) for row in model.report],
@@ -88,12 +93,23 @@ def collect(
     return {
         "images": config.images.name,
         "seed": config.seed,
-        "command": " ".join(["python -m train.main", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "train.main", *sys.argv[1:]]),
         "config": configs.describe(config),
         "machine": machine(),
         "stages": stages,
         "metrics": rows,
     }
+
+
+def is_simulated(model: cj.Model, costs: cj.costs.Costs) -> bool:
+    """True if weights that count at fewer bits still stand there as floats."""
+    leaves = trees.flat(model.variables)
+    for row in costs.rows:
+        leaf = leaves.get(row.name.partition("#")[0])
+        if row.kind != "product" and jnp.issubdtype(leaf.dtype, jnp.floating):
+            if row.weight_bits < jnp.finfo(leaf.dtype).bits:
+                return True
+    return False
 
 
 def machine() -> dict[str, Any]:
@@ -258,6 +274,22 @@ def amount(n: float, unit: str = "") -> str:
     return f"{n:.3g}{space}{prefix}{unit}"
 
 
+def notes(found: dict[str, Any]) -> list[str]:
+    """What the two columns of bytes are, for below the table."""
+    lines = [
+        f'"{SIZES[0]}": the numbers of the network alone, each at its bits, as the '
+        f'integer network holds them. "{SIZES[1]}": all files of the directory that '
+        "deploy.save writes, compressed, with their manifest."
+    ]
+    names = [f'"{s["name"]}"' for s in found["stages"] if s["simulated"]]
+    if names:
+        lines.append(
+            f"* {', '.join(names)}: quantization is simulated; the weights are still "
+            "float on disk. deploy.integer stores them as integers."
+        )
+    return lines
+
+
 def show(found: dict[str, Any]) -> None:
     """The tables in the terminal."""
     out = console.Console(highlight=False)
@@ -265,7 +297,7 @@ def show(found: dict[str, Any]) -> None:
         out = console.Console(highlight=False, width=100)
     grid = table.Table(box=box.SIMPLE_HEAD)
     grid.add_column("stage", style="cyan", no_wrap=True)
-    for name in ("accuracy", "params", "MACs", "BOPs", "weights", "on disk"):
+    for name in ("accuracy", "params", "MACs", "BOPs", *SIZES):
         grid.add_column(name, justify="right", no_wrap=True)
     for stage in found["stages"]:
         grid.add_row(
@@ -275,9 +307,11 @@ def show(found: dict[str, Any]) -> None:
             amount(stage["macs"]),
             amount(stage["bops"]),
             amount(stage["weight_bytes"], "B"),
-            amount(stage["disk_bytes"], "B"),
+            amount(stage["disk_bytes"], "B") + ("*" if stage["simulated"] else ""),
         )
     out.print(grid)
+    for note in notes(found):
+        out.print(note, style="dim")
     grid = table.Table(box=box.SIMPLE_HEAD)
     grid.add_column("latency, median", style="cyan", no_wrap=True)
     for row in found["stages"][0]["latency"]:

@@ -1,5 +1,6 @@
 """The report: what it measures, what it divides by what, and a page without assets."""
 
+import html
 import html.parser
 import json
 import re
@@ -101,6 +102,9 @@ def test_numbers_in_the_json(found):
     assert floating["accuracy"] == 0.9
     assert floating["accuracy_before_training"] == 0.1
     assert integer["weight_bytes"] < floating["weight_bytes"]
+    # Fake-quantized weights count at 8 bits, and are floats in the saved files.
+    assert int8["weight_bytes"] < floating["weight_bytes"] / 2
+    assert [s["simulated"] for s in stages] == [False, True, False]
     saved = found / "models" / "02-integer"
     files = [f for f in saved.rglob("*") if f.is_file()]
     assert integer["disk_bytes"] == sum(f.stat().st_size for f in files) > 0
@@ -137,6 +141,32 @@ def test_the_page_needs_nothing_else(found):
     # Text and lines of the plots take their colours from the page: light and dark.
     assert page.INK not in text and page.GRID not in text
     assert "prefers-color-scheme: dark" in text
+
+
+def test_bytes_are_named(found, capsys):
+    data = json.loads((found / "report.json").read_text())
+    report.show(data)
+    shown = " ".join(capsys.readouterr().out.split())
+    text = " ".join(html.unescape((found / "report.html").read_text()).split())
+    for where in (shown, text):
+        assert "weights at their bits" in where and "saved files" in where
+        assert '"weights at their bits": the numbers of the network alone' in where
+        assert '"int8": quantization is simulated; the weights are still float' in where
+        size = report.amount(data["stages"][1]["disk_bytes"], "B")
+        assert f"{size}*" in where
+    # The first thing the page says of bytes names the ratio, and the other one too.
+    first, _, last = data["stages"]
+    card = text[text.index("Weights at their bits") :][:300]
+    assert f"{first['weight_bytes'] / last['weight_bytes']:.1f}x smaller" in card
+    assert f"saved files: {first['disk_bytes'] / last['disk_bytes']:.1f}x" in card
+
+
+def test_dots_of_the_accuracy_plot_are_explained(found):
+    data = json.loads((found / "report.json").read_text())
+    assert "at the end of the stage" in page.accuracy(data)
+    assert "before it trained" not in page.accuracy(data)  # one stage trained: no dot
+    data["stages"][1]["epochs"] = 1
+    assert "before it trained" in page.accuracy(data)
 
 
 def test_a_name_cannot_break_the_page(found):
