@@ -18,12 +18,16 @@ def nearest(
 ) -> str:
     """The lowering chosen for the size nearest to this shape, by ratio.
 
+    Where the batch size is open (in an export), that of the largest one.
+
     >>> nearest({"a": [[16, "conv"], [1024, "im2col"]]}, "a", (32, 8))
     'im2col'
     """
     entries = table.get(site)
     if not entries:
         return default
+    if not all(isinstance(n, int) for n in shape):
+        return max(entries, key=lambda e: e[0])[1]
     size = max(1, math.prod(shape))
     return min(entries, key=lambda e: abs(math.log(max(1, e[0]) / size)))[1]
 

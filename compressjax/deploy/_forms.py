@@ -342,7 +342,9 @@ def run(conv: Conv, choice: Choice, x: Any, w: Any, fill: int, dot: Dot) -> Any:
         return _FORMS[choice.form](conv, _pad(conv, x, fill), w, dot)
 
     n = x.shape[0]
-    size = math.gcd(n, choice.images) if choice.images else n
+    size = n
+    if choice.images:  # a batch of any size (in an export) goes image by image
+        size = math.gcd(n, choice.images) if isinstance(n, int) else 1
     if size == n:
         return whole(x)
     y = lax.map(whole, x.reshape(n // size, size, *x.shape[1:]))

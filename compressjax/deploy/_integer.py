@@ -32,7 +32,7 @@ more than 8 bits, as in the fake-quantized network, whose sums are not quantized
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -132,9 +132,9 @@ def integer(
         if tune:
             products = _products(model, specs, found, variables, batch_sizes)
             table = _tune.pick_codes(products, known=table)
-        apply_fn = lowered.Lowered(
-            fast=_apply(model.apply_fn, specs, found, table, model.trainable),
-            plain=_apply(model.apply_fn, specs, found, None, model.trainable),
+        how = functools.partial(_apply, model.apply_fn, specs, found, model.trainable)
+        apply_fn = Integer(
+            fast=how(table), plain=how(None), portable=how({}, store=False)
         )
         return model.then(
             Step.of(
@@ -147,6 +147,18 @@ def integer(
         )
 
     return transform
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Integer(lowered.Lowered):
+    """The apply_fn of an integer Model.
+
+    Attributes:
+      portable: the same function for other platforms: patches and dots, and nothing
+        that only the CPU compiler needs.
+    """
+
+    portable: Callable[..., Any]
 
 
 def _report(packing: Pack, found: dict[str, Any], weight_only: bool) -> list[Row]:
@@ -179,7 +191,7 @@ def _stored_as(facts: Mapping[str, Any], site: str) -> str:
     return f"{'int' if facts[f'{site}/signed'] else 'uint'}{bits}, packed"
 
 
-def _apply(apply_fn, specs, found, table, trainable):
+def _apply(apply_fn, specs, found, trainable, table, *, store=True):
     """The function of an integer Model. table None: one equation for each product."""
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -187,7 +199,7 @@ def _apply(apply_fn, specs, found, table, trainable):
         args, kwargs = static.join(arrays)
         trace = tracing.trace(apply_fn, specs, args, kwargs)
         program = Program.of(trace, trainable)
-        walk = Run(program, trace, trees.flat(variables), found, table)
+        walk = Run(program, trace, trees.flat(variables), found, table, store)
         n = trace.n_variables
         return jax.tree.unflatten(trace.out_tree, walk.run(trace.in_values[n:]))
 

@@ -14,9 +14,12 @@ from compressjax.deploy._walk import Walk
 class Run(Walk):
     """The walk of the running network: reads what was packed."""
 
-    def __init__(self, program, trace, leaves: Mapping[str, Any], found, table):
+    def __init__(
+        self, program, trace, leaves: Mapping[str, Any], found, table, store=True
+    ):
         super().__init__(program, trace, found)
         self.leaves, self.table = leaves, table
+        self.store = store and table is not None
         self.knowns = Leaves(lambda i: leaves[self.paths[i]])
 
     def constant(self, path, compute):
@@ -30,7 +33,7 @@ class Run(Walk):
         return None
 
     def stored(self, compute):
-        if self.table is None:
+        if not self.store:
             return compute()
         witness = next(x for p, x in self.leaves.items() if p.startswith(CONSTANTS))
 
