@@ -9,7 +9,11 @@ from collections.abc import Callable
 
 from compressjax.core import errors
 from compressjax.quantize import (
+    _binary,
     _dorefa,
+    _fractional,
+    _gaussian,
+    _least_squares,
     _lsq,
     _pact,
     _quantizer,
@@ -20,7 +24,11 @@ from compressjax.quantize import (
 
 # Name in the settings -> factory.
 FACTORIES: dict[str, Callable[..., _quantizer.Quantizer]] = {
+    "binary": _binary.binary,
     "dorefa": _dorefa.dorefa,
+    "fractional": _fractional.fractional,
+    "gaussian": _gaussian.gaussian,
+    "least_squares": _least_squares.least_squares,
     "lsq": _lsq.lsq,
     "pact": _pact.pact,
     "twin_uniform": _twin.twin_uniform,
