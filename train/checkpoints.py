@@ -1,8 +1,9 @@
 """Checkpoints that know whether they are whole.
 
     checkpoints/02-00000110/state/...     orbax
-    checkpoints/02-00000110/manifest.json written last: sha256 of every file, and what
-                                          else a run needs (size of the metrics, ...)
+    checkpoints/02-00000110/manifest.json written last: sha256 of every file, what else
+                                          a run needs (size of the metrics, ...), and
+                                          its own sha256
 
 One is made at the start and the end of each stage, after each epoch, and every
 `checkpoint_every` steps. The last one of each stage is kept, because a resumed run
@@ -81,6 +82,7 @@ class Checkpoints:
                 "leaves": _described(state),
                 "notes": notes,
             }
+            manifest["checksum"] = _checksum(manifest)
             write_text(path / "manifest.json", json.dumps(manifest, indent=1))
             self._clean(place.stage)
         meshes.wait(f"done {place.name}")
@@ -127,6 +129,12 @@ class Checkpoints:
                 best = here[-1]
             if Place(stage, last) not in good:
                 break
+        for place in good:
+            if best is None or place > best:
+                self.say(
+                    f"checkpoint {self.root / place.name}: a stage before it has no "
+                    "last checkpoint; not used."
+                )
         meshes.wait("checkpoints read")
         if meshes.is_first():
             for path in self.root.iterdir():
@@ -144,6 +152,8 @@ class Checkpoints:
         try:
             manifest = self._manifest(place)
             expected, *_ = (manifest[k] for k in ("files", "leaves", "notes"))
+            if manifest["checksum"] != _checksum(manifest):
+                raise ValueError("altered")
         except FileNotFoundError:
             self.say(f"checkpoint {path}: cut off while it was written; not used.")
             return False
@@ -191,6 +201,12 @@ def _checksums(path: pathlib.Path) -> dict[str, str]:
         for p in files
         if p.name != "manifest.json"
     }
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    """sha256 of a manifest without its own."""
+    rest = {k: v for k, v in manifest.items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -365,7 +365,16 @@ def check_same_config(config: configs.Config, root: pathlib.Path) -> None:
     path = root / "config.json"
     now = configs.describe(config)
     if path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise errors.CheckpointError(
+                "is damaged: it does not say which config the checkpoints are of.",
+                path=str(path),
+                operation="resume",
+                remedy="Remove the file if you know the config; else use a new "
+                "--workdir.",
+            ) from error
         changed = sorted(
             k for k in {*now, *before} if now.get(k, "-") != before.get(k, "-")
         )

@@ -16,6 +16,7 @@ from typing import Any
 from rich import console as rich_console
 from rich import progress as rich_progress
 
+from compressjax.core import errors
 from train import mesh as meshes
 
 FILES = ("metrics.jsonl", "times.jsonl")
@@ -27,6 +28,9 @@ class Metrics:
     Args:
       workdir: of the run.
       sizes: {file: bytes} noted by the checkpoint that the run goes on from.
+
+    Raises:
+      CheckpointError: if a file is shorter than that.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], sizes: dict[str, int]):
@@ -36,8 +40,17 @@ class Metrics:
         if not self.active:
             return
         for name in FILES:
+            size = sizes.get(name, 0)
             with open(self.root / name, "ab") as file:
-                file.truncate(sizes.get(name, 0))
+                if file.tell() < size:
+                    raise errors.CheckpointError(
+                        f"has {file.tell()} bytes, and had {size} at the checkpoint "
+                        "that the run goes on from: it was cut or replaced.",
+                        path=str(self.root / name),
+                        operation="resume",
+                        remedy="Put it back, or use a new --workdir.",
+                    )
+                file.truncate(size)
         events = self.root / "tensorboard"
         shutil.rmtree(events, ignore_errors=True)
         import tensorboardX

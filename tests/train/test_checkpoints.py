@@ -57,13 +57,19 @@ def test_the_newest_good_one_is_used(saved, said):
     assert not newest.exists()  # it will be written again
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest", "notes"])
 def test_damage_is_named(saved, said, damage):
     saved.save(Place(0, 0), state(0.0), {})
-    saved.save(Place(0, 2), state(1.0), {})
+    saved.save(Place(0, 2), state(1.0), {"sizes": 123})
     path = saved.root / Place(0, 2).name
     if damage == "manifest":
         (path / "manifest.json").write_text('{"files": {')
+        expected = "manifest.json is damaged"
+    elif damage == "notes":
+        text = (path / "manifest.json").read_text()
+        assert text.count('"sizes": 123') == 1
+        text = text.replace('"sizes": 123', '"sizes": 124')
+        (path / "manifest.json").write_text(text)
         expected = "manifest.json is damaged"
     else:
         files = [f for f in (path / "state").rglob("*") if f.is_file()]
@@ -87,6 +93,8 @@ def test_a_later_stage_needs_the_end_of_the_earlier_one(saved, said):
         saved.save(place, state(0.0), {})
     (saved.root / Place(0, 4).name / "manifest.json").write_text("no")
     assert saved.latest() == Place(0, 3)
+    assert "00-00000004: manifest.json is damaged; not used" in said[0]
+    assert "01-00000000: a stage before it has no last checkpoint; not used" in said[1]
     assert [path.name for path in saved.root.iterdir()] == [Place(0, 3).name]
 
 

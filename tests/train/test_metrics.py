@@ -3,8 +3,10 @@
 import json
 import struct
 
+import pytest
 from tensorboardX.proto import event_pb2
 
+from compressjax.core import errors
 from train import metrics
 
 
@@ -38,6 +40,16 @@ def test_a_resumed_run_has_each_line_once(tmp_path):
     }
     times = (tmp_path / "times.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in times] == [0, 1]
+
+
+def test_metrics_that_were_cut_are_not_gone_on_from(tmp_path):
+    first = metrics.Metrics(tmp_path, {})
+    first.write({"stage": "a", "epoch": 0, "total_step": 0}, {"test_loss": 2.0})
+    sizes = first.sizes()
+    first.close()
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(errors.CheckpointError, match="metrics.jsonl: resume: has 0"):
+        metrics.Metrics(tmp_path, sizes)
 
 
 def test_a_new_run_starts_empty(tmp_path):

@@ -1,4 +1,4 @@
-"""A run of a few seconds, for the tests: a small network on digits, down to int8."""
+"""A run of a few seconds for the tests: a small network on digits, down to integers."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,9 @@ def prune(model, ctx):
 
 
 def quantize(model, ctx):
-    return cj.quantize.ptq(ctx.batches)(model)
+    weights, inputs = cj.quantize.uniform(4), cj.quantize.uniform(8)
+    insert = cj.quantize.insert(weights, inputs, batches=ctx.batches)
+    return cj.compose(cj.merge.fuse(), insert)(model)
 
 
 def pack(model, ctx):
@@ -50,9 +52,9 @@ def get_config():
         calibration=96,
         checkpoint_every=7,
         stages=[
-            configs.Stage("float", optimizer=adam, epochs=3),
+            configs.Stage("float", optimizer=adam, epochs=2),
             configs.Stage("pruned", transform=prune, optimizer=adam, epochs=2),
-            configs.Stage("int8", transform=quantize),
+            configs.Stage("quantized", transform=quantize, optimizer=adam, epochs=1),
             configs.Stage("integer", transform=pack),
         ],
         report=configs.Report(enabled=False),
