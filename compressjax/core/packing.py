@@ -5,8 +5,6 @@ bits, the lowest first: 7 = 4 + 2 + 1, 5 = 4 + 1. The plane of p bits of n codes
 m = ceil(n p / 8) bytes, and byte k holds the parts of the codes k, k + m, k + 2m, ...
 from its lowest bits upwards. So a plane is unpacked by shifts of whole rows of bytes:
 nothing is gathered, and each machine does it at the speed of its memory.
-
-One bit with a sign is the pair -1, +1.
 """
 
 import math
@@ -62,17 +60,10 @@ def pack(codes: Any, bits: int, *, signed: bool = True) -> np.ndarray:
     [113, 142]
     """
     codes = np.asarray(codes).reshape(-1).astype(np.int64)
-    if bits == 1 and signed:
-        if not (np.abs(codes) == 1).all():
-            raise ValueError("one bit with a sign holds -1 and +1 only.")
-        codes = codes > 0
-    else:
-        top = 2 ** (bits - signed)
-        if codes.size and not (-top * signed <= codes.min() <= codes.max() < top):
-            raise ValueError(
-                f"codes {codes.min()}..{codes.max()} do not fit {bits} bits."
-            )
-    rest = codes.astype(np.int64) & (2**bits - 1)
+    top = 2 ** (bits - signed)
+    if codes.size and not (-top * signed <= codes.min() <= codes.max() < top):
+        raise ValueError(f"codes {codes.min()}..{codes.max()} do not fit {bits} bits.")
+    rest = codes & (2**bits - 1)
     out = []
     for p in planes(bits):
         part, rest = rest & (2**p - 1), rest >> p
@@ -90,20 +81,16 @@ def unpack(
     >>> unpack(jnp.array([113, 142], jnp.uint8), (2, 2), 4).tolist()
     [[1, -2], [7, -8]]
     """
-    n, at, low, codes = math.prod(shape), 0, 0, None
+    n, at, low = math.prod(shape), 0, 0
+    codes: Any = np.uint8(0)
     for p in planes(bits):
         m = n_bytes(n, p)
         rows = lax.slice(words, (at,), (at + m,)).reshape(1, m)
         shifts = np.arange(0, 8, p, dtype=np.uint8)[:, None]
-        part = lax.slice(
-            ((rows >> shifts) & np.uint8(2**p - 1)).reshape(-1), (0,), (n,)
-        )
-        part = part << np.uint8(low)
-        codes = part if codes is None else codes | part
+        part = ((rows >> shifts) & np.uint8(2**p - 1)).reshape(-1)
+        codes = codes | lax.slice(part, (0,), (n,)) << np.uint8(low)
         at, low = at + m, low + p
-    if bits == 1 and signed:
-        codes = lax.bitcast_convert_type(codes, jnp.int8) * np.int8(2) - np.int8(1)
-    elif signed:
+    if signed:
         # Up against the top bit and back: the shift down repeats the sign.
         codes = lax.bitcast_convert_type(codes << np.uint8(8 - bits), jnp.int8)
         codes = codes >> np.int8(8 - bits)

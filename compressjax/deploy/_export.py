@@ -64,28 +64,25 @@ def export(
             else lowered.plain(apply_fn)
         )
     inputs = _specs(model, batch_size)
-    if with_variables:
-        leaves = jax.tree.leaves(model.variables)
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
-            raise _refused(
-                "its variables are shapes without values.",
-                "Give the Model its arrays, or leave them out: with_variables=False.",
-            )
-        variables, specs = model.variables, inputs
-
-        def call(*inputs: Any) -> Any:
-            # Constants, but not for the first passes of the compiler: they would unpack
-            # what was packed, and fold sums in another order.
-            return apply_fn(jax.lax.optimization_barrier(variables), *inputs)
-    else:
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), model.variables
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), model.variables
+    )
+    leaves = jax.tree.leaves(model.variables)
+    if with_variables and any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+        raise _refused(
+            "its variables are shapes without values.",
+            "Give the Model its arrays, or leave them out: with_variables=False.",
         )
-        specs = (shapes, *inputs)
 
-        def call(variables: Any, *inputs: Any) -> Any:
-            return apply_fn(variables, *inputs)
+    def alone(*inputs: Any) -> Any:
+        # Constants, but not for the first passes of the compiler: they would unpack
+        # what was packed, and fold sums in another order.
+        return apply_fn(jax.lax.optimization_barrier(model.variables), *inputs)
 
+    def given(variables: Any, *inputs: Any) -> Any:
+        return apply_fn(variables, *inputs)
+
+    call, specs = (alone, inputs) if with_variables else (given, (shapes, *inputs))
     try:
         exported = jax.export.export(jax.jit(call), platforms=platforms)(*specs)
     except Exception as error:

@@ -186,9 +186,10 @@ def _stored_as(facts: Mapping[str, Any], site: str) -> str:
     bits = facts.get(f"{site}/bits")
     if bits is None or bits == 8:
         return "int8" if bits else ""
-    if bits == 1 and facts[f"{site}/signed"]:
+    odd = facts.get(f"{site}/odd", 0)
+    if bits == 1 and odd:
         return "binary, packed"
-    return f"{'int' if facts[f'{site}/signed'] else 'uint'}{bits}, packed"
+    return f"{'int' if facts[f'{site}/signed'] or odd else 'uint'}{bits}, packed"
 
 
 def _apply(apply_fn, specs, found, trainable, table, *, store=True):

@@ -81,8 +81,7 @@ def _weight_of(x: Known, scale: Known, zero: Known, lo: Known, hi: Known) -> Wei
 
         return Known(x.shape, jnp.float32, value)
 
-    parts = Known(x.shape, jnp.float32, codes), whole(scale), whole(zero)
-    return Weight(*parts, lo, hi)
+    return Weight(Known(x.shape, jnp.float32, codes), whole(scale), whole(zero), lo, hi)
 
 
 def _same_to_each(eqn: tracing.Equation, x: Known) -> Weight | None:
@@ -90,11 +89,16 @@ def _same_to_each(eqn: tracing.Equation, x: Known) -> Weight | None:
     if eqn.primitive.name == "convert_element_type":
         return x.weight
     assert x.weight is not None
-    moved = []
-    for part in (x.weight.codes, x.weight.scale, x.weight.zero):
-        plain = dataclasses.replace(part, weight=None)
-        moved.append(known(eqn, [plain])[0])
-    return Weight(*moved, x.weight.lo, x.weight.hi)
+
+    def moved(part: Known) -> Known:
+        return known(eqn, [dataclasses.replace(part, weight=None)])[0]
+
+    return dataclasses.replace(
+        x.weight,
+        codes=moved(x.weight.codes),
+        scale=moved(x.weight.scale),
+        zero=moved(x.weight.zero),
+    )
 
 
 def number(x: Any) -> float | None:

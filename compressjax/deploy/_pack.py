@@ -182,20 +182,23 @@ class Pack(Walk):
         bits, signed = packing.word_length(int(low), int(high))
         if bits > 8:
             return {"reason": f"its weight has codes of {bits} bits"}
-        if (zero != np.rint(zero)).any() or np.abs(zero).max(initial=0) > 2**15:
-            return {"reason": "its weight has a zero point that is no small integer"}
+        if (zero != np.rint(zero)).any() or (zero != np.clip(zero, low, high)).any():
+            return {"reason": "its weight has a zero point that is none of its codes"}
         codes = np.broadcast_to(codes, shape)
         codes = np.nan_to_num(codes).astype(np.int64)
         zero = zero.astype(np.int64)
-        if (low, high) == (-1, 1) and codes.size and (codes != 0).all():
-            bits = 1
-        if bits == 8 and not signed:  # a byte carries 0..255 as -128..127
-            codes, zero, low, high = codes - 128, zero - 128, low - 128, high - 128
-        out: dict[str, Any] = {"bits": bits, "signed": signed}
-        if bits == 8:
-            out["words"] = codes.astype(np.int8)
+        out: dict[str, Any] = {"odd": 0}
+        if low == -high and low % 2 and codes.size and (codes % 2).all():
+            # -1 and +1, or -3, -1, 1, 3, ...: half of the range is never used.
+            bits, signed, out["odd"] = bits - 1, False, int(low)
+        out |= {"bits": bits, "signed": signed}
+        if bits < 8:
+            plain = (codes - out["odd"]) // 2 if out["odd"] else codes
+            out["words"] = packing.pack(plain, bits, signed=signed)
         else:
-            out["words"] = packing.pack(codes, bits, signed=signed)
+            if not signed:  # a byte carries 0..255 as -128..127
+                codes, zero, low, high = codes - 128, zero - 128, low - 128, high - 128
+            out["words"] = codes.astype(np.int8)
         fits = low - zero.max(initial=0) >= -128 and high - zero.min(initial=0) <= 127
         out["shift"] = (1 if fits else 2) if zero.any() else 0
         out |= {"zero": zero, "scale": scale}

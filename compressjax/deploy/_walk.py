@@ -439,12 +439,17 @@ class Walk(_rules.Rules):
         words = self.constant(weight_path(site), lambda: packed["words"])
         if bits == 8:
             return words
-        return packing.unpack(words, w.shape, bits, signed=bool(signed))
+        codes = packing.unpack(words, w.shape, bits, signed=bool(signed))
+        odd = self.decide(f"{site.name}/odd", lambda: packed["odd"])
+        return codes * np.int8(2) + np.int8(odd) if odd else codes
 
     def blocks(
         self, site: finding.Site, what: str, shape: Sequence[int], compute: Any
     ) -> Any:
-        """A float32 array that broadcasts to shape, stored once for each block."""
+        """A float32 array that broadcasts to shape, stored once for each block.
+
+        Zero points are stored as int8.
+        """
         path = f"{CONSTANTS}/{site.name}/{what}"
         sizes = [
             self.decide(
@@ -456,9 +461,10 @@ class Walk(_rules.Rules):
 
         def thin() -> np.ndarray:
             whole = np.broadcast_to(compute(), shape)
-            return whole[tuple(slice(None, None, n) for n in sizes)].astype(np.float32)
+            thinned = whole[tuple(slice(None, None, n) for n in sizes)]
+            return thinned.astype(np.int8 if what == "weight_zero" else np.float32)
 
-        value = self.constant(path, thin)
+        value = self.constant(path, thin).astype(jnp.float32)
         for a, size in enumerate(sizes):
             if 1 < size < shape[a]:
                 value = jnp.repeat(value, size, axis=a)

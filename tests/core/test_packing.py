@@ -12,8 +12,6 @@ SIZES = (1, 2, 3, 7, 8, 9, 17, 64)
 
 def drawn(bits, signed, n):
     rng = np.random.default_rng(bits + n)
-    if bits == 1 and signed:
-        return rng.choice([-1, 1], n)
     lo = -(2 ** (bits - 1)) if signed else 0
     return rng.integers(lo, lo + 2**bits, n)
 
@@ -44,9 +42,8 @@ def test_bytes_are_the_layout():
             words = packing.pack(codes, bits)
             assert words.size == packing.n_bytes(n, bits) >= n * bits / 8
             assert words.size <= -(-n * bits // 8) + 2
-            plain = (codes > 0) if bits == 1 else codes % 2**bits
             read = [bits_of(words, bits, n, i) for i in range(n)]
-            assert read == plain.tolist()
+            assert read == (codes % 2**bits).tolist()
 
 
 def test_unpacked_is_what_was_packed():
@@ -77,9 +74,9 @@ def test_shapes_keep_their_order():
 
 @pytest.mark.parametrize(
     "codes, bits, signed",
-    [([8], 4, True), ([-1], 4, False), ([0], 1, True), ([0], 8, True)],
-    ids=["too large", "a sign", "zero in one bit", "a byte"],
+    [([8], 4, True), ([-1], 4, False), ([0], 8, True)],
+    ids=["too large", "a sign", "a byte"],
 )
 def test_what_does_not_fit_is_refused(codes, bits, signed):
-    with pytest.raises(ValueError, match="bits|one bit"):
+    with pytest.raises(ValueError, match="bits"):
         packing.pack(np.array(codes), bits, signed=signed)

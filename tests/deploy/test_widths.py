@@ -208,20 +208,29 @@ def grouped(w, size, bits):
     return fake_quant(cut, s, jnp.zeros_like(s), -top, top).reshape(w.shape)
 
 
-def test_one_bit_and_steps_along_the_sum():
+def odd(w):
+    """-15, -13, ..., 15 steps: sixteen values, so four bits."""
+    s = jnp.abs(w).max(0, keepdims=True) / 15
+    w = s * (2 * jnp.clip(jnp.round((w / s + 15) / 2), 0, 15) - 15)
+    return fake_quant(w, s, jnp.zeros_like(s), -15, 15)
+
+
+def test_odd_codes_and_steps_along_the_sum():
     rng = np.random.default_rng(1)
-    p = {k: rng.normal(size=(16, 4)).astype(F32) for k in ("one", "four")}
+    names = ("one", "four", "odd")
+    p = {k: rng.normal(size=(16, 4)).astype(F32) for k in names}
     x = rng.normal(size=(3, 16)).astype(F32)
 
     def net(p, x):
         x = fake_quant(x, 0.03, 0.0, -128, 127)
-        return x @ binary(p["one"]) + x @ grouped(p["four"], 4, 4)
+        return x @ binary(p["one"]) + x @ grouped(p["four"], 4, 4) + x @ odd(p["odd"])
 
     model = cj.from_function(net, p, x)
     alone = cj.deploy.integer(weight_only=True)(model)
     np.testing.assert_allclose(alone(x), model(x), rtol=1e-5, atol=1e-5)
     assert alone.variables["integer"]["one"].nbytes == 16 * 4 // 8
     assert alone.variables["integer"]["four"].nbytes == 16 * 4 // 2
+    assert alone.variables["integer"]["odd"].nbytes == 16 * 4 // 2
     scale = alone.variables["requantization"]["params"]["four"]["weight_scale"]
     assert scale.shape == (4, 4)  # one for each four rows and each column
     rows = {r.path: r for r in alone.report}
@@ -229,6 +238,7 @@ def test_one_bit_and_steps_along_the_sum():
     both = cj.deploy.integer(tune=False)(model)
     rows = {r.path: r for r in both.report}
     assert rows["params/one"].achieved == "binary, packed"
+    assert rows["params/odd"].achieved == "int4, packed"
     assert rows["params/four"].achieved == "float"
     assert "scales along the sum" in rows["params/four"].reason
     assert "int4, packed" in rows["params/four"].reason
