@@ -5,13 +5,17 @@
 Weights are random, batch norm is calibrated on random images: latency does not depend
 on them. The forms run in turns, several rounds; the medians are printed, with the ratio
 to the float network in plain XLA and to the tuned one (its fastest exact lowerings).
-Tuned float is the better of tuned as it is and tuned after fusing batch norm.
+Tuned float is the better of tuned as it is and tuned after fusing batch norm. int4 has
+weights of 4 bits, stored packed, and inputs of 8. onnxruntime runs the same network,
+float and as QDQ pairs of the same int8 quantizers, if it is installed.
 """
 
 import argparse
 import os
 import platform
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,42 +46,71 @@ def network(name: str, batch: int, width: float = 1.0) -> tuple[cj.Model, jax.Ar
     return cj.from_linen(module, variables, x), x
 
 
-def forms(name: str, batch: int) -> tuple[dict[str, cj.Model], jax.Array]:
+def forms(name: str, batch: int) -> dict[str, Callable[[], Any]]:
+    """{form: a function that runs it once}."""
     model, x = network(name, batch)
     half, _ = network(name, batch, 0.5)
     batches = [(x,)]
-    int8 = cj.compose(cj.quantize.ptq(batches), cj.deploy.integer())
+    fake = cj.quantize.ptq(batches)(model)
     fused = cj.merge.fuse()(model)
-    return {
+    models = {
         "float, plain XLA": model,
         "float, tuned": cj.deploy.tune()(model),
         "float, fused": fused,
         "float, fused and tuned": cj.deploy.tune()(fused),
         "half width, plain XLA": half,
         "half width, fused and tuned": cj.deploy.tune()(cj.merge.fuse()(half)),
-        "int8": int8(model),
-        "half width, int8": int8(half),
-    }, x
+        "int8": cj.deploy.integer()(fake),
+        "int4 weights, packed": cj.compose(
+            cj.quantize.ptq(batches, bits=(4, 8)), cj.deploy.integer()
+        )(model),
+        "half width, int8": cj.compose(cj.quantize.ptq(batches), cj.deploy.integer())(
+            half
+        ),
+    }
+    return {k: compiled(m, x) for k, m in models.items()} | onnx_forms(
+        {"onnxruntime, float": fused, "onnxruntime, int8": fake}, x
+    )
 
 
-def latencies(models: dict[str, cj.Model], x: jax.Array, rounds: int) -> dict:
-    """{form: milliseconds of each round}, in turns."""
-    calls = {}
+def compiled(model: cj.Model, x: jax.Array) -> Callable[[], Any]:
+    run = jax.jit(model.apply_fn).lower(model.variables, x).compile()
+    return lambda: run(model.variables, x)
+
+
+def onnx_forms(
+    models: Mapping[str, cj.Model], x: jax.Array
+) -> dict[str, Callable[[], Any]]:
+    try:
+        import onnxruntime
+    except ImportError:
+        print("onnxruntime: not installed (pip install compressjax[onnx])")
+        return {}
+    print(f"onnxruntime {onnxruntime.__version__}")
+    out = {}
     for form, model in models.items():
-        run = jax.jit(model.apply_fn).lower(model.variables, x).compile()
-        jax.block_until_ready(run(model.variables, x))
-        calls[form] = (run, model.variables)
+        session = onnxruntime.InferenceSession(
+            cj.deploy.to_onnx(model), providers=["CPUExecutionProvider"]
+        )
+        feed = {session.get_inputs()[0].name: np.asarray(x)}
+        out[form] = lambda session=session, feed=feed: session.run(None, feed)
+    return out
+
+
+def latencies(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict:
+    """{form: milliseconds of each round}, in turns."""
+    for call in calls.values():
+        jax.block_until_ready(call())
     times: dict[str, list[float]] = {form: [] for form in calls}
     for _ in range(rounds):
-        for form, (run, variables) in calls.items():
+        for form, call in calls.items():
             start = time.perf_counter()
-            y = run(variables, x)
-            jax.block_until_ready(y)
+            jax.block_until_ready(call())
             once = time.perf_counter() - start
             n = max(1, int(0.03 / once))
             start = time.perf_counter()
             for _ in range(n):
-                y = run(variables, x)
+                y = call()
             jax.block_until_ready(y)
             times[form].append((time.perf_counter() - start) / n * 1e3)
     return times
@@ -124,8 +157,7 @@ def main() -> None:
     print(hardware())
     for name in args.networks.split(","):
         for batch in map(int, args.batches.split(",")):
-            models, x = forms(name, batch)
-            show(name, batch, latencies(models, x, args.rounds))
+            show(name, batch, latencies(forms(name, batch), args.rounds))
 
 
 if __name__ == "__main__":
