@@ -106,7 +106,14 @@ class Checkpoints:
         with _checkpointer() as orbax:
             found = orbax.restore(path / "state", args=request)
         leaves, structure = jax.tree.flatten(like)
-        new = [found.get(_name(i), leaf) for i, leaf in enumerate(leaves)]
+        new = []
+        for i, leaf in enumerate(leaves):
+            value = found.get(_name(i))
+            if value is None:
+                value = leaf
+            elif meshes.is_key(leaf):
+                value = meshes.as_key(value, leaf)
+            new.append(value)
         return jax.tree.unflatten(structure, new)
 
     def notes(self, place: Place) -> dict[str, Any]:
@@ -184,8 +191,10 @@ def _name(number: int) -> str:
 
 
 def _whole(tree: Tree) -> dict[str, Any]:
-    """{name: leaf}; leaves without elements have nothing to save."""
-    leaves = jax.tree.leaves(tree)
+    """{name: leaf}, of a key its data; leaves without elements have nothing to save."""
+    leaves = [
+        jax.random.key_data(x) if meshes.is_key(x) else x for x in jax.tree.leaves(tree)
+    ]
     return {_name(i): leaf for i, leaf in enumerate(leaves) if np.size(leaf)}
 
 

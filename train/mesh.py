@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -61,6 +62,16 @@ def state_shardings(state: Tree, mesh: Mesh, *, fsdp: bool) -> Tree:
     return jax.tree.map(place, state)
 
 
+def is_key(leaf: Any) -> bool:
+    """True for the random keys of a stream (NNX): arrays that NumPy cannot hold."""
+    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+
+
+def as_key(data: Array, like: Array) -> Array:
+    """The key of this data, of the generator of another key."""
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+
+
 def put(tree: Tree, shardings: Tree) -> Tree:
     """A tree of arrays, the same on every host, as arrays on the mesh.
 
@@ -68,6 +79,8 @@ def put(tree: Tree, shardings: Tree) -> Tree:
     """
 
     def place(leaf: Any, sharding: NamedSharding) -> Array:
+        if is_key(leaf):
+            return as_key(place(jax.random.key_data(leaf), sharding), leaf)
         host = np.array(leaf)
         if jax.process_count() == 1:
             return jax.device_put(host, sharding, may_alias=False)
@@ -80,6 +93,8 @@ def get(tree: Tree) -> Tree:
     """A tree of arrays on the mesh, as whole arrays on one device of every host."""
 
     def fetch(leaf: Any) -> Array:
+        if is_key(leaf):
+            return as_key(fetch(jax.random.key_data(leaf)), leaf)
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             if leaf.is_fully_replicated:
                 leaf = leaf.addressable_shards[0].data

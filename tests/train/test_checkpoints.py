@@ -1,11 +1,13 @@
 """Checkpoints know whether they are whole, and say which are not."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import compressjax as cj
 from train import checkpoints
+from train import mesh as meshes
 
 Place = checkpoints.Place
 
@@ -16,6 +18,7 @@ def state(value):
         "half": jnp.full((2,), value, jnp.bfloat16),
         "empty": jnp.zeros((0, 3)),
         "on": jnp.array([True, False]),
+        "key": jax.random.key(int(value), impl="rbg"),
     }
 
 
@@ -34,8 +37,22 @@ def test_round_trip_keeps_values_types_and_notes(saved):
     found = saved.restore(Place(0, 2), state(0.0))
     for name, leaf in state(1.5).items():
         assert found[name].dtype == leaf.dtype
+        if name == "key":
+            assert jax.random.key_impl(found[name]) == "rbg"
+            found[name], leaf = map(jax.random.key_data, (found[name], leaf))
         np.testing.assert_array_equal(found[name], leaf)
     assert saved.notes(Place(0, 2)) == {"sizes": {"a": 3}}
+
+
+def test_keys_of_random_streams_go_to_the_mesh_and_back():
+    mesh = meshes.make()
+    state = {"key": jax.random.split(jax.random.key(3), 2), "count": jnp.zeros(2)}
+    there = meshes.put(state, meshes.state_shardings(state, mesh, fsdp=True))
+    assert len(there["key"].sharding.device_set) == mesh.size == 2
+    back = meshes.get(there)
+    np.testing.assert_array_equal(
+        jax.random.uniform(back["key"][1], 3), jax.random.uniform(state["key"][1], 3)
+    )
 
 
 def test_only_the_last_two_of_each_stage_are_kept(saved):
