@@ -83,6 +83,13 @@ MODELS = {
     # 16 bits: next to a tie either code may come out, and must stay in round-off.
     "quantize.insert": Contract(cj.quantize.insert(cj.quantize.uniform(16))),
     "quantize.ptq": Contract(cj.quantize.ptq(batches(), bits=16)),
+    "quantize.equalize": Contract(cj.compose(cj.merge.fuse(), cj.quantize.equalize())),
+    "quantize.correct_bias": Contract(
+        cj.compose(
+            cj.quantize.ptq(batches(), bits=16), cj.quantize.correct_bias(batches())
+        )
+    ),
+    "quantize.reestimate_norms": Contract(cj.quantize.reestimate_norms(batches())),
     "prune.shrink": Contract(lambda m: cj.prune.shrink(keep_half())(m)),
     "prune.mask": Contract(lambda m: cj.prune.mask(keep_half())(m)),
     "prune.channels": Contract(cj.prune.channels(0.5)),
@@ -92,6 +99,14 @@ MODELS = {
         grad=False,
         trains=False,
         bfloat16=False,
+    ),
+    "deploy.integer, weights alone": Contract(
+        cj.compose(
+            cj.quantize.insert(cj.quantize.uniform(4)),
+            cj.deploy.integer(weight_only=True),
+        ),
+        grad=False,
+        trains=False,
     ),
     "prune, fuse": Contract(cj.compose(cj.prune.channels(0.5), cj.merge.fuse())),
     "fuse, prune": Contract(cj.compose(cj.merge.fuse(), cj.prune.channels(0.5))),

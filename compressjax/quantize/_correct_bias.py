@@ -27,6 +27,7 @@ taps.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -225,10 +226,13 @@ def _empirical(
     )
     step = _means_step(bare, names, square=False)
     c = bare.variables[name]
-    for passes in range(1, len(sites) + 2):
+    depth = sum(math.prod(s.layers) for s in sites)
+    passes, off = 0, np.inf
+    for passes in range(1, depth + 2):
         variables = {**bare.variables, name: c}
         got = _moments.over_batches(lambda x, v=variables: step(v, x), batches)
-        new, off = {}, 0.0
+        new: dict[str, Any] = {}
+        off = 0.0
         for site, old in c.items():
             change = wanted[site]["mean"] - got[site]["mean"] - np.asarray(old)
             rms = float(np.sqrt(wanted[site]["square"].mean()))
@@ -372,7 +376,9 @@ def _check_reference(model: Model, reference: Model, given: bool) -> None:
     if not given or model.history[:n] != reference.history:
         return
     for name in later:
-        if name.startswith(("merge.", "prune.", "factor.")) or name.endswith("equalize"):
+        if name.startswith(("merge.", "prune.", "factor.")) or name.endswith(
+            "equalize"
+        ):
             raise errors.RefusedError(
                 f'the reference is the network before "{name}": its layers have other '
                 "outputs.",
@@ -419,8 +425,12 @@ def _bypassed(model: Model) -> Model:
             texts = [s["weights"], s["inputs"]]
             texts += [q for _, v in s["overrides"] if v for q in v.values()]
             for text in texts:
-                if text is not None and not any(f'"name": "{n}"' in text for n in _PLAIN):
-                    raise refuse(f"{text or 'one made by hand'} is not a plain rounding")
+                if text is not None and not any(
+                    f'"name": "{n}"' in text for n in _PLAIN
+                ):
+                    raise refuse(
+                        f"{text or 'one made by hand'} is not a plain rounding"
+                    )
 
     def has_marker(eqn: tracing.Equation) -> bool:
         if eqn.params.get("name") == straight_through.MARKER:

@@ -82,7 +82,9 @@ def equalize(
 
     def transform(model: Model) -> Model:
         leaves = jax.tree.leaves(model.variables)
-        if any(isinstance(x, jax.ShapeDtypeStruct) or tracing.is_tracer(x) for x in leaves):
+        if any(
+            isinstance(x, jax.ShapeDtypeStruct) or tracing.is_tracer(x) for x in leaves
+        ):
             raise errors.RefusedError(
                 "it needs the values of the variables.",
                 operation=NAME,
@@ -232,7 +234,9 @@ def _absorb(
 ) -> Model:
     values = _Values(chains, model)
     first, why = _absorbable(chains, free)
-    names = sorted({w.site.name for w in chains.weights if first[_ids(chains, w)].any()})
+    names = sorted(
+        {w.site.name for w in chains.weights if first[_ids(chains, w)].any()}
+    )
     c = np.zeros(chains.count + 1)
     bias = np.zeros(chains.count + 1)
     for b in chains.biases:

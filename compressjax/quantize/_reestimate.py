@@ -126,9 +126,7 @@ def _updated(model: Model, names: list[str], rngs: Any):
     def step(stats, inputs):
         variables = trees.replace(model.variables, stats)
         extra = {} if rngs is None else {"rngs": rngs}
-        _, new = model.apply_fn(
-            variables, *inputs, train=True, mutable=names, **extra
-        )
+        _, new = model.apply_fn(variables, *inputs, train=True, mutable=names, **extra)
         flat = trees.flat({n: new.get(n, {}) for n in names})
         return {p: flat.get(p, x) for p, x in stats.items()}
 
@@ -161,7 +159,10 @@ def _slopes(step: Any, inputs: Any, at_zero: Mapping[str, Any]) -> dict[str, flo
     without cancellation and show whether f is a line.
     """
     zero = {p: np.asarray(x, np.float64) for p, x in at_zero.items()}
-    s = {p: jnp.asarray(np.maximum(1, np.abs(x)), at_zero[p].dtype) for p, x in zero.items()}
+    s = {
+        p: jnp.asarray(np.maximum(1, np.abs(x)), at_zero[p].dtype)
+        for p, x in zero.items()
+    }
     once = step(s, inputs)
     twice = step({p: 2 * x for p, x in s.items()}, inputs)
     out = {}

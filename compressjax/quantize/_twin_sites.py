@@ -188,9 +188,7 @@ def _compare(root: Any, eqns: list[tracing.Equation], var: Any) -> str:
     points = jnp.asarray(_POINTS, root.aval.dtype)
     env = {root: points}
     for eqn in eqns:
-        ins = [
-            a.val if isinstance(a, tracing.Literal) else env[a] for a in eqn.invars
-        ]
+        ins = [a.val if isinstance(a, tracing.Literal) else env[a] for a in eqn.invars]
         if any(np.ndim(x) > 1 for x in ins):
             return ""
         env.update(zip(eqn.outvars, tracing.bind(eqn, ins), strict=True))

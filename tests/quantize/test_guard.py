@@ -74,7 +74,10 @@ def test_a_single_input_says_nothing(rows):
 
 def test_a_constant_float_output_says_nothing():
     def two(p, x):
-        return {"y": net(p, x), "constant": jnp.full((x.shape[0], 2), 3.0) + 0 * x[:, :2]}
+        return {
+            "y": net(p, x),
+            "constant": jnp.full((x.shape[0], 2), 3.0) + 0 * x[:, :2],
+        }
 
     m = cj.from_function(two, model(1.0).variables["params"], X)
     q = cj.quantize.insert(PER_TENSOR)(m)

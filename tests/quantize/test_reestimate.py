@@ -26,7 +26,9 @@ def conv_numpy(x, kernel, bias):
 
 @functools.cache
 def estimated(*order):
-    return cj.quantize.reestimate_norms([BATCHES[k] for k in order])(contracts.network())
+    return cj.quantize.reestimate_norms([BATCHES[k] for k in order])(
+        contracts.network()
+    )
 
 
 def test_statistics_are_exact_means_over_batches():
@@ -71,9 +73,9 @@ def test_one_batch_makes_evaluation_equal_training():
 def test_quantizers_stay_and_are_seen():
     """The second norm sees what the quantized first layer gives it."""
     u = cj.quantize.uniform
-    q = cj.quantize.insert(
-        u(2), u(3, symmetric=False, signed=False), batches=BATCHES
-    )(contracts.network())
+    q = cj.quantize.insert(u(2), u(3, symmetric=False, signed=False), batches=BATCHES)(
+        contracts.network()
+    )
     r = cj.quantize.reestimate_norms(BATCHES)(q)
     same = jax.tree.map(
         np.array_equal, q.variables["quantize_state"], r.variables["quantize_state"]

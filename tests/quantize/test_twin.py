@@ -61,7 +61,9 @@ def test_negative_side_is_fine_and_positive_side_a_shift(kind, low):
     assert error[x < 0].max() <= d1 / 2 * 1.0001
     assert error[x >= 0].max() <= d2 / 2 * 1.0001
     values = getattr(jax.nn, kind)(jnp.linspace(-9, 9, 4001))
-    np.testing.assert_allclose(values.min(), -low, rtol=1e-3)  # clips and wastes nothing
+    np.testing.assert_allclose(
+        values.min(), -low, rtol=1e-3
+    )  # clips and wastes nothing
     assert q.apply({"exponent": jnp.float32(m)}, jnp.zeros(3)).tolist() == [0, 0, 0]
 
 
@@ -88,7 +90,7 @@ def test_split_is_the_candidate_with_the_least_error():
     plain = cj.quantize.uniform(
         6, symmetric=False, signed=False, observer=cj.quantize.observers.mse()
     )
-    uniform_error = ((plain.apply(plain.init(jnp.float32(x)), jnp.float32(x)) - x) ** 2)
+    uniform_error = (plain.apply(plain.init(jnp.float32(x)), jnp.float32(x)) - x) ** 2
     assert min(errors) < 0.5 * float(uniform_error.sum())
 
 
