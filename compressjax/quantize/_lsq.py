@@ -103,10 +103,9 @@ def lsq(
         return {_quantizer.WATCH: seen, **start_in(*observer.range(seen, grid))}
 
     def apply(state: _quantizer.State, x: Any) -> jax.Array:
+        x = jnp.asarray(x)
         s = state["step_size"]
-        # eq. 4. A step of shape () belongs to inputs: N is per example.
-        n = np.prod(x.shape[1:]) if s.ndim == 0 else x.size / max(s.size, 1)
-        g = float(1 / np.sqrt(max(n, 1) * grid.hi))
+        g = _quantizer.gradient_scale(x.shape, s.shape, grid.hi)  # eq. 4
         s = straight_through.learned_scale(s, g, FLOOR)
         if not offset:
             return straight_through.fake_quant(x, s, 0.0, grid.lo, grid.hi)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -104,3 +105,16 @@ def mean_with(state: dict[str, Any], x: jax.Array) -> dict[str, Any]:
     share = x.size / count
     new = jnp.mean(x.astype(jnp.float32))
     return {"mean": state["mean"] + (new - state["mean"]) * share, "count": count}
+
+
+def gradient_scale(shape: tuple[int, ...], steps: tuple[int, ...], top: int) -> float:
+    """1 / sqrt(N q_p), LSQ's factor for the gradient of a step.
+
+    N counts the entries that share a step. Steps of shape () belong to inputs, whose
+    first axis is the batch: N counts those of one example.
+
+    >>> gradient_scale((8, 4), (), 1), gradient_scale((8, 4), (1, 4), 2)
+    (0.5, 0.25)
+    """
+    n = math.prod(shape[1:]) if not steps else math.prod(shape) // math.prod(steps)
+    return 1 / math.sqrt(max(n, 1) * top)

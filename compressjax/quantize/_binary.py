@@ -1,0 +1,187 @@
+"""Binary weights and inputs: signs, with a gradient in the place of the sign's zero.
+
+    x_hat = alpha sgn(x),   sgn(x) = +1 if x >= 0, else -1   (sgn(0) = +1, never 0)
+    d x_hat / dx = m(x):
+
+    clipped     1{|x| <= 1}                                            BNN, XNOR
+    bireal      (2 - 2 |x|) 1{|x| <= 1}                                Bi-Real, ReActNet
+    swish       b (2 - b x tanh(b x / 2)) / (1 + cosh(b x)),  b = 5    BNN+
+    ede         k t (1 - tanh(t x)^2),  k = max(1/t, 1)                IR-Net
+    magnitude   alpha 1{|x| <= 1}                                      Bi-Real, weights
+
+alpha belongs to weights, one for each output channel (or tensor), and is constant to
+the gradient:
+
+    mean           mean|w|, the best in least squares; m is NOT multiplied by it
+    power_of_two   2^round(log2 mean|w|); m is multiplied by it (IR-Net)
+    None           1, for inputs
+
+EDE's t = 10^(4 p - 3) grows from 1e-3 to 10 with the progress p of training, which lies
+in the state (`set_progress` moves it). `normalize` centres each channel and divides it
+by its standard deviation (with n - 1) before the sign, as IR-Net does; gradients go
+through both.
+
+Papers: Courbariaux et al., arXiv 1602.02830; Rastegari et al., arXiv 1603.05279; Liu et
+al., Bi-Real Net, arXiv 1808.00278; Darabi et al., BNN+, arXiv 1812.11800; Qin et al.,
+IR-Net, arXiv 1909.10788.
+Differs: alpha is refitted by `update` (with "quantize_state" in `mutable`), like every
+range of weights, and not at each forward pass. A channel of zeros has 2^-20 of the
+widest alpha.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compressjax.core import straight_through
+from compressjax.quantize import _quantizer
+
+GRADIENTS = ("clipped", "bireal", "swish", "ede", "magnitude")
+SCALES = ("mean", "power_of_two", None)
+SHARPNESS = 5.0  # b of the swish
+
+
+def binary(
+    gradient: str = "clipped",
+    scale: str | None = "mean",
+    *,
+    per_channel: bool = True,
+    normalize: bool = False,
+    t: float | None = None,
+) -> _quantizer.Quantizer:
+    """A quantizer to one bit.
+
+    Args:
+      gradient: one of those above.
+      scale: "mean", "power_of_two", or None for inputs.
+      per_channel: an alpha for each output channel.
+      normalize: standardise the weights first, over what shares an alpha.
+      t: fixes t of "ede"; None takes it from the state {"progress": f32[]}, 0 at first.
+
+    Returns:
+      A `Quantizer` with state {"scale": f32}, {"progress": f32[]}, both, or none. Codes
+      are -1 and +1, and it is marked with the range -1..1.
+
+    Raises:
+      ValueError: for an unknown name; by `init`, for an input with a scale.
+
+    >>> q = binary("bireal")
+    >>> w = jnp.array([-3.0, 0.0, 0.5, 0.5])
+    >>> q.apply(q.init(w), w).tolist()
+    [-1.0, 1.0, 1.0, 1.0]
+    >>> jax.grad(lambda w: q.apply(q.init(w), w).sum())(w).tolist()
+    [0.0, 2.0, 1.0, 1.0]
+    """
+    if gradient not in GRADIENTS or scale not in SCALES:
+        raise ValueError(
+            f"gradient={gradient!r}, scale={scale!r}: give one of {GRADIENTS} and one "
+            f"of {SCALES}."
+        )
+    if t is not None and not (gradient == "ede" and t > 0):
+        raise ValueError(f't={t}: give a positive number, and gradient="ede".')
+    if normalize and scale is None:
+        raise ValueError("normalize=True is for weights. Give it a scale.")
+    moves = gradient == "ede" and t is None
+    times_scale = gradient == "magnitude" or scale == "power_of_two"
+
+    def fitted(x: Any, shape: tuple[int, ...]) -> jax.Array:
+        x = jax.lax.stop_gradient(jnp.asarray(x).astype(jnp.float32))
+        if normalize:
+            x = _standard(x, shape)
+        others = _others(x.ndim, shape)
+        alpha = jnp.mean(jnp.abs(x), others).reshape(shape)
+        if scale == "power_of_two":
+            alpha = jnp.exp2(jnp.rint(jnp.log2(_quantizer.positive(alpha))))
+        return _quantizer.positive(alpha)
+
+    def init(
+        x: Any, *, channel_axis: int | tuple[int, ...] | None = None
+    ) -> _quantizer.State:
+        state = {"progress": jnp.zeros(())} if moves else {}
+        if scale is None:
+            return state
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f'scale="{scale}" for an input. Give inputs binary(gradient, None).'
+            )
+        axes = _quantizer.channel_axes(channel_axis, x.ndim) if per_channel else ()
+        shape = tuple(n if a in axes else 1 for a, n in enumerate(x.shape))
+        return {**state, "scale": fitted(x, shape if axes else ())}
+
+    def update(state: _quantizer.State, x: Any) -> _quantizer.State:
+        if scale is None:
+            return state
+        return {**state, "scale": fitted(x, state["scale"].shape)}
+
+    def apply(state: _quantizer.State, x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        alpha = jnp.float32(1) if scale is None else state["scale"]
+        z = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if normalize:
+            z = _standard(z, alpha.shape)
+        now = 10 ** (4 * state["progress"] - 3) if moves else jnp.float32(t or 1.0)
+        return _signs(z, alpha, now, gradient, times_scale).astype(x.dtype)
+
+    return _quantizer.Quantizer(
+        init=init,
+        apply=apply,
+        update=update,
+        bits=1,
+        ready=lambda state: scale is None or "scale" in state,
+        settings=_quantizer.settings_text(
+            "binary",
+            gradient=gradient,
+            scale=scale,
+            per_channel=per_channel,
+            normalize=normalize,
+            t=t,
+        ),
+    )
+
+
+def _others(ndim: int, scale: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a for a in range(ndim) if not scale or scale[a] == 1)
+
+
+def _standard(x: jax.Array, scale: tuple[int, ...]) -> jax.Array:
+    """(x - mean) / std over the axes that share an alpha; 0 where all are equal."""
+    others = _others(x.ndim, scale)
+    x = x - jnp.mean(x, others, keepdims=True)
+    n = x.size / max(1, functools.reduce(lambda a, b: a * b, scale, 1))
+    variance = jnp.sum(x**2, others, keepdims=True) / max(n - 1, 1)
+    flat = variance <= 0
+    return jnp.where(flat, 0.0, x / jnp.sqrt(jnp.where(flat, 1.0, variance)))
+
+
+def slope(x: jax.Array, gradient: str, t: jax.Array) -> jax.Array:
+    """m(x) of the table above, without alpha.
+
+    >>> slope(jnp.array([-0.75, -0.25, 0.0, 0.25, 2.0]), "bireal", None).tolist()
+    [0.5, 1.5, 2.0, 1.5, 0.0]
+    """
+    inside = jnp.abs(x) <= 1
+    if gradient == "bireal":
+        return jnp.where(inside, 2 - 2 * jnp.abs(x), 0.0)
+    if gradient == "swish":
+        v = SHARPNESS * x
+        return SHARPNESS * (2 - v * jnp.tanh(v / 2)) / (1 + jnp.cosh(v))
+    if gradient == "ede":
+        return jnp.maximum(1 / t, 1.0) * t * (1 - jnp.tanh(t * x) ** 2)
+    return inside.astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _signs(x, alpha, t, gradient: str, times_scale: bool) -> jax.Array:
+    signs = jnp.where(x >= 0, 1.0, -1.0).astype(x.dtype)
+    return straight_through.fake_quant(signs * alpha, alpha, 0.0, -1, 1)
+
+
+@_signs.defjvp
+def _(gradient, times_scale, primals, tangents):
+    x, alpha, t = primals
+    m = slope(x, gradient, t)
+    if times_scale:
+        m = m * alpha
+    return _signs(x, alpha, t, gradient, times_scale), m * tangents[0]
