@@ -93,6 +93,17 @@ class Conv:
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+def varying_as(x: Any, spec: Any) -> Any:
+    """x, under shard_map as varying over the mesh axes that spec varies over."""
+
+    def axes(aval: Any) -> frozenset[str]:
+        kind = getattr(aval, "manual_axis_type", None)
+        return getattr(kind, "varying", frozenset())
+
+    more = tuple(sorted(axes(spec) - axes(jax.typeof(x))))
+    return lax.pcast(x, more, to="varying") if more else x
+
+
 def stored(compute: Callable[[], Any], witness: Any) -> Any:
     """`compute()`, written to memory before anybody reads it.
 
@@ -105,10 +116,8 @@ def stored(compute: Callable[[], Any], witness: Any) -> Any:
     one = witness.reshape(-1)[0].astype(jnp.float32)
 
     def never():
-        zeros = jnp.zeros(spec.shape, spec.dtype)
         # Under shard_map both branches must vary over the same mesh axes.
-        varying = getattr(getattr(spec, "manual_axis_type", None), "varying", ())
-        return lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
+        return varying_as(jnp.zeros(spec.shape, spec.dtype), spec)
 
     return lax.cond(one * 0 != 1, compute, never)
 

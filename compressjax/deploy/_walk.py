@@ -14,7 +14,7 @@ from jax import lax
 from compressjax.core import packing
 from compressjax.core import sites as finding
 from compressjax.core import trace as tracing
-from compressjax.deploy import _known, _lowerings, _moves, _program, _rules
+from compressjax.deploy import _forms, _known, _lowerings, _moves, _program, _rules
 from compressjax.deploy._values import (
     CONSTANTS,
     WEIGHTS,
@@ -139,12 +139,13 @@ class Walk(_rules.Rules):
 
     def floats(self, eqn: tracing.Equation, ins: Sequence[Any]) -> list[Any]:
         """The operands as the float arrays that the equation was written for."""
-        return [
-            self.as_float(x).astype(_program.spec(a.aval).dtype)
-            if isinstance(x, Quantized)
-            else self.as_float(x)
-            for x, a in zip(ins, eqn.invars, strict=True)
-        ]
+
+        def operand(x: Any, aval: Any) -> Any:
+            if isinstance(x, Quantized):
+                return self.as_float(x).astype(aval.dtype)
+            return _forms.varying_as(self.as_float(x), aval)
+
+        return [operand(x, a.aval) for x, a in zip(ins, eqn.invars, strict=True)]
 
     def as_float(self, x: Any) -> Any:
         if isinstance(x, Known):
@@ -422,7 +423,7 @@ class Walk(_rules.Rules):
         x = ins[1 - side]
         if isinstance(x, Quantized):
             x = self.as_float(x).astype(eqn.invars[1 - side].aval.dtype)
-        w = values.astype(w.dtype)
+        w = _forms.varying_as(values.astype(w.dtype), eqn.invars[side].aval)
         self.bits[site.name] = (
             self.decide(f"{site.name}/bits", lambda: packed["bits"]),
             32,
