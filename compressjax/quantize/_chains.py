@@ -239,7 +239,7 @@ class Chains:
         a, b = values
         if a is not None and b is not None:
             return "a product of two branches follows"
-        value, other = (a, eqn.invars[1]) if b is None else (b, eqn.invars[0])
+        value, other = _only(eqn, values)
         return self.gained(eqn, value, _number(other))
 
     def _div(self, index: int, eqn: Any, values: list) -> Any:
@@ -260,7 +260,7 @@ class Chains:
         if a is not None and b is not None:
             same = _equal(a.ids, b.ids)
             return a._replace(shift=None) if same else "a sum of two branches follows"
-        value, other = (a, eqn.invars[1]) if b is None else (b, eqn.invars[0])
+        value, other = _only(eqn, values)
         if _segments._is_zero(self.program, other):
             return value
         if not self.program.is_known(other):
@@ -291,7 +291,7 @@ class Chains:
             if not _equal(a.ids, b.ids):
                 return "a maximum of two branches follows"
             return a._replace(shift=a.shift if a[1:] == b[1:] else None)
-        value, other = (a, eqn.invars[1]) if b is None else (b, eqn.invars[0])
+        value, other = _only(eqn, values)
         if not _segments._is_zero(self.program, other) or _stretched(value, eqn):
             return f"it is clipped at {_number(other)}"
         if eqn.primitive.name == "min":
@@ -455,13 +455,18 @@ def _number(atom: Any) -> float | None:
     return None
 
 
+def _only(eqn: tracing.Equation, values: Sequence[Any]) -> tuple[Scaled, Any]:
+    """(the operand that carries ids, the other atom)."""
+    a, b = values
+    return (a, eqn.invars[1]) if b is None else (b, eqn.invars[0])
+
+
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    if a.ndim != b.ndim:
-        return False
-    try:
-        return bool(np.array_equal(*np.broadcast_arrays(a, b)))
-    except ValueError:
-        return False
+    """True if two values carry the same ids, index by index."""
+    fits = a.ndim == b.ndim and all(
+        n == m or 1 in (n, m) for n, m in zip(a.shape, b.shape, strict=True)
+    )
+    return fits and bool((a == b).all())
 
 
 def _stretched(value: Scaled, eqn: tracing.Equation) -> bool:

@@ -22,8 +22,8 @@ result of the product, so that `deploy.integer` puts it into the int32 bias.
 Papers: Nagel et al., Data-Free Quantization, ICCV 2019, arXiv 1906.04721; Banner et
 al., NeurIPS 2019, arXiv 1810.05723.
 Differs: analytic means at the border of a zero-padded map are exact (E[x] is a map, and
-the mean runs over the padded product), where the paper multiplies E[x] by the sum of the
-taps.
+the mean runs over the padded product), where the paper multiplies E[x] by the sum of
+the taps.
 """
 
 import functools
@@ -227,8 +227,8 @@ def _empirical(
     step = _means_step(bare, names, square=False)
     c = bare.variables[name]
     depth = sum(math.prod(s.layers) for s in sites)
-    passes, off = 0, np.inf
-    for passes in range(1, depth + 2):
+    off = np.inf
+    for _ in range(depth + 1):
         variables = {**bare.variables, name: c}
         got = _moments.over_batches(lambda x, v=variables: step(v, x), batches)
         new: dict[str, Any] = {}
@@ -242,7 +242,7 @@ def _empirical(
         if off <= TOLERANCE:
             return c, [Row(NAME, "", TOLERANCE, off)]
         c = new
-    why = f"means still move after {passes} passes: the network is not deterministic"
+    why = f"means still move after {depth + 1} passes: the network is not deterministic"
     return c, [Row(NAME, "", TOLERANCE, off, why)]
 
 

@@ -4,8 +4,8 @@ Layer 1 makes channel i, layer 2 reads it past a positively homogeneous f, so th
 
     W2 f(W1 x + b1)  =  (W2 T) f(T^-1 W1 x + T^-1 b1),     T = diag(t), t > 0.
 
-With the ranges r1[i] = max|W1[.., i]| of what makes channel i and r2[i] = max|W2[i, ..]|
-of all that read it,
+With the ranges r1[i] = max|W1[.., i]| of what makes channel i and r2[i] =
+max|W2[i, ..]| of all that read it,
 
     t[i] = sqrt(r1[i] / r2[i])     makes both ranges sqrt(r1[i] r2[i]),
 
@@ -19,9 +19,9 @@ large. Past a relu, relu(y - c) = relu(y) - c wherever y >= c, so that
     c = max(0, E[y] - 3 std[y]),     b1 <- b1 - c,     b2 <- b2 + sum_taps W2 c.
 
 Paper: Nagel et al., Data-Free Quantization, ICCV 2019, arXiv 1906.04721.
-Differs: found on the jaxpr, so on any network (see `_chains`). E and std are measured on
-batches: batch norm, from which the paper takes beta and gamma, is folded by then. Only
-absorbed where it is exact above c: never into a layer that sees zero padding.
+Differs: found on the jaxpr, so on any network (see `_chains`). E and std are measured
+on batches: batch norm, from which the paper takes beta and gamma, is folded by then.
+Only absorbed where it is exact above c: never into a layer that sees zero padding.
 """
 
 from collections.abc import Iterable

@@ -104,7 +104,8 @@ def guard(
     Args:
       batches: a re-iterable of input tuples; 32 different examples are plenty.
       reference: the float network.
-      action: "refuse" raises for a collapse; "report" only writes it; None does nothing.
+      action: "refuse" raises for a collapse; "report" only writes it; None does
+        nothing.
       least: share of the float variance that must be left, in (0, 1).
 
     Returns:

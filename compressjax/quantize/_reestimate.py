@@ -116,7 +116,7 @@ def _none(model: Model, why: str) -> errors.RefusedError:
     return errors.RefusedError(
         f"the network has no batch statistics: {why} (collections: {held}).",
         operation=NAME,
-        remedy="Leave it out; if its batch norms were folded, re-estimate before fuse().",
+        remedy="Leave it out; if its norms were folded, re-estimate before fuse().",
     )
 
 

@@ -194,7 +194,7 @@ def _compare(root: Any, eqns: list[tracing.Equation], var: Any) -> str:
         env.update(zip(eqn.outvars, tracing.bind(eqn, ins), strict=True))
     got = np.asarray(env[var], np.float64)
     for name, function in _FUNCTIONS.items():
-        # Exact and tanh gelu are 5e-4 apart, gelu and silu 0.1, bfloat16 rounds at 1e-2.
+        # The two gelus are 5e-4 apart, gelu and silu 0.1; bfloat16 rounds at 1e-2.
         if np.allclose(got, np.asarray(function(points), np.float64), atol=2e-2):
             return name
     return ""

@@ -124,7 +124,7 @@ DENSE = "params/block0/mlp/dense2/kernel"
 
 @functools.cache
 def transformer():
-    """One block, 65 tokens; one head in four looks at a few of them, the others at all."""
+    """One block, 65 tokens; one head of four looks at a few, the others at all."""
     net = ViT(patch=4, depth=1, width=16, heads=4, num_classes=5)
     v = jax.jit(net.init)(jax.random.key(0), X)
     head = jnp.where(jnp.arange(16) < 4, 60.0, 5.0)[None]
