@@ -21,7 +21,8 @@ the same for every layer; a step takes one batch as it was given; Adam at 1e-2 a
 iterations (the papers: 1e-3, 20000); steps of the inputs are not trained.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -32,7 +33,7 @@ import optax
 from compressjax.core import errors, trees
 from compressjax.core.model import Model, Row, Step, Transform
 from compressjax.quantize import _calibrate
-from compressjax.quantize._reconstruct import Program, Unit, Weight
+from compressjax.quantize._reconstruct import Program, Unit
 
 NAME = "quantize.learn_rounding"
 _STRETCH, _SHIFT = 1.2, 0.1  # zeta - gamma and -gamma of the paper
@@ -91,17 +92,17 @@ def learn_rounding(
 
     Raises:
       NoMatchError: if `where` or a block matches no site.
-      RefusedError: if no weight has codes to learn, or there are no batches; or if no
-        value depends on all sites of a block you gave.
+      RefusedError: if no weight has codes to learn, there are no batches, biases are
+        corrected already, or no value depends on all sites of a block you gave.
       NotCalibratedError: if an input quantizer has seen no data.
 
-    >>> w = jnp.array([[0.4], [0.4], [3.0]])  # step 1: nearest is [0, 0, 3]
+    >>> w = jnp.array([[0.4], [0.3], [3.0]])  # step 1: nearest is [0, 0, 3]
     >>> m = cj.from_function(lambda p, x: x @ p["w"], {"w": w}, jnp.ones((1, 3)))
     >>> q = cj.quantize.insert(cj.quantize.uniform(3))(m)
-    >>> x = jnp.array([[1.0, 1.0, 0.0]])  # wants 0.8: one of them up
-    >>> learn = cj.quantize.learn_rounding([(x,)], key=jax.random.key(0), iterations=99)
-    >>> float(m(x)[0, 0].round(2)), float(q(x)[0, 0]), float(learn(q)(x)[0, 0])
-    (0.8, 0.0, 1.0)
+    >>> x = jnp.array([[1.0, 1.0, 0.0]])  # wants 0.7: one of the two goes up
+    >>> learn = cj.quantize.learn_rounding([x], key=jax.random.key(0), iterations=300)
+    >>> float(q(x)[0, 0]), float(learn(q)(x)[0, 0])
+    (0.0, 1.0)
     """
     if unit not in ("layer", "block"):
         raise ValueError(f'unit={unit!r}: give "layer" or "block".')
@@ -113,13 +114,19 @@ def learn_rounding(
     blocks = tuple(blocks)
 
     def transform(model: Model) -> Model:
+        if any(step.name == "quantize.correct_bias" for step in model.history):
+            raise errors.RefusedError(
+                "biases are corrected for other codes already.",
+                operation=NAME,
+                remedy="Learn the rounding first, then correct biases.",
+            )
         walk = _Walk(model, batches)
         groups, rows = _groups(walk.programs[0], where, unit, blocks)
         learned: dict[str, tuple[float, float]] = {}
         for k, names in enumerate(groups):
-            walk.advance([n for group in groups[k:] for n in group])
             numbers = walk.learn(
                 names,
+                [n for group in groups[k:] for n in group],
                 jax.random.fold_in(key, k),
                 iterations=iterations,
                 learning_rate=learning_rate,
@@ -185,10 +192,9 @@ def _groups(
             rows.append(Row(NAME, name, None, None, "not in `where`"))
             continue
         given = next((g for g in blocks if trees.matches(g, name)), None)
-        *scope, _, _ = ("", "", *name.split("/"))
-        parent = "/".join(scope)
-        in_module = unit == "block" and parent.strip("/").count("/") > 0
-        groups.setdefault(given or (parent if in_module else name), []).append(name)
+        scope = name.split("/")[:-2]
+        label = "/".join(scope) if unit == "block" and len(scope) > 1 else name
+        groups.setdefault(given or label, []).append(name)
     if not groups:
         raise errors.RefusedError(
             "no weight has codes to choose: "
@@ -245,117 +251,152 @@ class _Walk:
         self.at = [0 for _ in self.programs]
 
     def variables(self) -> Any:
-        return jax.tree.unflatten(jax.tree.structure(self.model.variables), self.leaves)
+        tree = jax.tree.structure(self.model.variables)
+        return jax.tree.unflatten(tree, self.leaves)
 
-    def advance(self, left: Sequence[str]) -> None:
-        """Run every batch up to the first equation of the weights that are left."""
-        for k, program in enumerate(self.programs):
-            stop = min(self.weights[k][n].start for n in left)
+    def units(self, names: Sequence[str]) -> list[Unit]:
+        """The unit of these sites in each program."""
+        out = []
+        for program, weights in zip(self.programs, self.weights, strict=True):
+            unit = (
+                program.layer(weights[names[0]])
+                if len(names) == 1
+                else program.block([weights[n] for n in names])
+            )
+            assert unit is not None  # _groups saw to it
+            out.append(unit)
+        return out
+
+    def advance(self, units: Sequence[Unit], left: Sequence[str]) -> tuple[list, float]:
+        """(float targets of the units, their mean square).
+
+        Runs every batch up to the first equation of the weights that are left.
+        """
+        targets: list[Any] = [None] * len(self.which)
+        power = count = 0.0
+        for k, (program, unit) in enumerate(zip(self.programs, units, strict=True)):
+            start, stop = self.at[k], min(self.weights[k][n].start for n in left)
+            mine = [i for i, which in enumerate(self.which) if which == k]
             living = program.living(stop)
-            for envs, quantized in ((self.quantized, True), (self.float, False)):
-                mine = [i for i, which in enumerate(self.which) if which == k]
-                new = [v for v in living if v not in envs[mine[0]]]
-                call, need = _piece(program, new, self.at[k], stop, quantized)
-                for i in mine:
-                    made = call([envs[i][v] for v in need])
+            new = [v for v in living if v not in self.quantized[mine[0]]]
+            run_q, need_q = _piece(program, new, start, stop, True)
+            run_f, need_f = _piece(
+                program, [*new, unit.target], start, unit.stop, False
+            )
+
+            def both(q, f, run_q=run_q, run_f=run_f):
+                *f, y = run_f(f)
+                return run_q(q), f, y, jnp.sum(jnp.square(_wide(y)))
+
+            both = jax.jit(both)
+            for i in mine:
+                q, f, y, squares = both(
+                    [self.quantized[i][v] for v in need_q],
+                    [self.float[i][v] for v in need_f],
+                )
+                for envs, made in ((self.quantized, q), (self.float, f)):
                     env = {**envs[i], **dict(zip(new, made, strict=True))}
                     envs[i] = {v: env[v] for v in living}
+                targets[i] = y
+                power, count = power + float(squares), count + y.size
             self.at[k] = stop
+        return targets, power / count
 
-    def learn(self, names, key, *, iterations, learning_rate, regulariser, warmup):
+    def learn(
+        self,
+        names: Sequence[str],
+        left: Sequence[str],
+        key: jax.Array,
+        *,
+        iterations: int,
+        learning_rate: float,
+        regulariser: float,
+        warmup: int,
+    ) -> tuple[float, float]:
         """(error of nearest rounding, error of learned codes); keeps the better."""
-        units = [self._unit(k, names) for k in range(len(self.programs))]
-        first, start = units[0], self.programs[0]
-        env = dict(zip(start.invars, self.leaves, strict=False)) | start.consts
-        w, grid = {}, {}
-        for weight in first.weights:
-            w[weight.site.name], *grid[weight.site.name] = start.grid(weight, env)
-
-        def on_grid(name, offset):
-            """(w_hat, code) where `offset` is added to the floor."""
-            s, z, lo, hi = (_wide(a) for a in grid[name])
-            x = _wide(w[name])
-            code = jnp.clip(jnp.floor(x * (1 / s)) + offset + z, lo, hi) - z
-            return (code * s).astype(w[name].dtype), code
-
-        def fraction(name):
-            u = _wide(w[name]) * (1 / _wide(grid[name][0]))
-            return u - jnp.floor(u)
-
-        def soft(v):
-            return [on_grid(n, rectified_sigmoid(v[n]))[0] for n in names]
-
-        pieces, inputs, targets = [], [], []
-        for k, (program, unit) in enumerate(zip(self.programs, units, strict=True)):
-            pieces.append(_unit_call(program, unit, names))
-            target, need = _piece(program, [unit.target], unit.start, unit.stop, False)
-            for i, which in enumerate(self.which):
-                if which == k:
-                    (y,) = target([self.float[i][v] for v in need])
-                    values = [self.quantized[i][v] for v in pieces[k][1]]
-                    inputs.append((k, values))
-                    targets.append(y)
-        count = sum(y.size for y in targets)
-        power = sum(float(jnp.sum(jnp.square(_wide(y)))) for y in targets) / count
-        site = first.weights[-1].site
+        units = self.units(names)
+        targets, power = self.advance(units, left)
+        power = power or 1.0
+        adam = optax.adam(learning_rate)
+        pieces = [
+            _unit_call(program, unit, names)
+            for program, unit in zip(self.programs, units, strict=True)
+        ]
+        inputs = [
+            (k, [env[v] for v in pieces[k][1]])
+            for k, env in zip(self.which, self.quantized, strict=True)
+        ]
+        site = units[0].weights[-1].site
         channels = int(np.prod([site.out.shape[a] for a in site.out_axes]))
-        unit_error = channels / (power or 1.0)
+
+        @jax.jit
+        def prepare(leaves):
+            program = self.programs[0]
+            env = {**program.consts, **dict(zip(program.invars, leaves, strict=False))}
+            grids = {w.site.name: program.grid(w, env) for w in units[0].weights}
+            v = {n: _start(_fraction(grids[n])) for n in names}
+            return grids, v, adam.init(v)
 
         def squares(k, hats, values, y):
             return jnp.square(_wide(pieces[k][0](hats, values)) - _wide(y))
 
-        def loss(v, k, values, y, t):
+        def loss(v, grids, k, values, y, t):
             beta = 20 - 18 * (t - warmup) / max(iterations - warmup, 1)
-            h = [rectified_sigmoid(v[n]) for n in names]
-            far = sum(jnp.sum(1 - jnp.abs(2 * x - 1) ** beta) for x in h)
+            h = {n: rectified_sigmoid(v[n]) for n in names}
+            far = sum(jnp.sum(1 - jnp.abs(2 * x - 1) ** beta) for x in h.values())
             penalty = jnp.where(t >= warmup, regulariser * far, 0.0)
-            return unit_error * jnp.mean(squares(k, soft(v), values, y)) + penalty
+            hats = [_on_grid(grids[n], h[n])[0] for n in names]
+            error = channels * jnp.mean(squares(k, hats, values, y)) / power
+            return error + penalty
 
-        adam = optax.adam(learning_rate)
-
-        def step(v, state, k, values, y, t):
-            updates, state = adam.update(jax.grad(loss)(v, k, values, y, t), state)
+        @functools.partial(jax.jit, static_argnums=3)
+        def step(v, state, grids, k, values, y, t):
+            gradient = jax.grad(loss)(v, grids, k, values, y, t)
+            updates, state = adam.update(gradient, state)
             return optax.apply_updates(v, updates), state
 
-        step = jax.jit(step, static_argnums=2)
-        total = jax.jit(lambda *a: jnp.sum(squares(*a)), static_argnums=0)
-
-        def error(hats) -> float:
-            sums = [
-                float(total(k, hats, values, y))
-                for (k, values), y in zip(inputs, targets, strict=True)
+        @functools.partial(jax.jit, static_argnums=3)
+        def total(learned, v, grids, k, values, y):
+            hats = [
+                _on_grid(
+                    grids[n],
+                    jnp.where(learned, v[n] >= 0, jnp.rint(_fraction(grids[n]))),
+                )[0]
+                for n in names
             ]
-            return sum(sums) / count / (power or 1.0)
+            return jnp.sum(squares(k, hats, values, y))
 
-        v = {n: _start(fraction(n)) for n in names}
-        state = adam.init(v)
+        grids, v, state = prepare(self.leaves)
         order = np.asarray(jax.random.randint(key, (iterations,), 0, len(inputs)))
         for t, i in enumerate(order):
-            v, state = step(v, state, *inputs[i], targets[i], np.float32(t))
+            v, state = step(v, state, grids, *inputs[i], targets[i], np.float32(t))
 
-        nearest = [on_grid(n, jnp.rint(fraction(n)))[0] for n in names]
-        hard = {n: on_grid(n, jnp.where(v[n] >= 0, 1.0, 0.0)) for n in names}
-        before, after = error(nearest), error([hard[n][0] for n in names])
+        def error(learned: bool) -> float:
+            sums = [
+                float(total(learned, v, grids, *pair, y))
+                for pair, y in zip(inputs, targets, strict=True)
+            ]
+            return sum(sums) / sum(y.size for y in targets) / power
+
+        before, after = error(False), error(True)
         if after < before:
-            self._write(units, {n: hard[n] for n in names}, grid)
+            self._write(units, {n: _hard(grids[n], v[n]) for n in names})
         return before, after
 
-    def _unit(self, k: int, names: Sequence[str]) -> Unit:
-        weights = [self.weights[k][n] for n in names]
-        program = self.programs[k]
-        if len(names) == 1:
-            return program.layer(weights[0])
-        unit = program.block(weights)
-        assert unit is not None  # _groups saw to it
-        return unit
-
-    def _write(self, units: Sequence[Unit], hard, grid) -> None:
+    def _write(self, units: Sequence[Unit], hard: Mapping[str, Any]) -> None:
         """scale x code to the leaves, for every batch."""
         for k, (program, unit) in enumerate(zip(self.programs, units, strict=True)):
             for weight in unit.weights:
-                w_hat, code = hard[weight.site.name]
+                w_hat, fits = hard[weight.site.name]
+                if not fits:
+                    raise errors.RefusedError(
+                        f"its codes do not fit {w_hat.dtype}: scale x code rounds to "
+                        "another code.",
+                        path=weight.site.name,
+                        operation=NAME,
+                        remedy="Keep weights in float32, or exempt it with `where`.",
+                    )
                 leaf = program.to_leaf(weight, w_hat)
-                _check(weight, w_hat, code, grid[weight.site.name])
                 self.leaves[weight.leaf] = leaf
                 var = program.invars[weight.leaf]
                 for i, which in enumerate(self.which):
@@ -363,26 +404,34 @@ class _Walk:
                         self.quantized[i][var] = leaf
 
 
-def _check(weight: Weight, w_hat: Any, code: Any, grid: Any) -> None:
-    """scale x code must round to the code again, in the type of the leaf."""
-    again = jnp.rint(_wide(w_hat) * (1 / _wide(grid[0])))
-    if not bool(jnp.all(again == code)):
-        raise errors.RefusedError(
-            f"its codes do not fit the type {w_hat.dtype}: scale x code rounds to "
-            "another code.",
-            path=weight.site.name,
-            operation=NAME,
-            remedy="Keep weights in float32, or exempt the site with `where`.",
-        )
-
-
 def _wide(x: Any) -> jax.Array:
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def _fraction(grid: Sequence[Any]) -> jax.Array:
+    """w / s - floor(w / s)."""
+    u = _wide(grid[0]) * (1 / _wide(grid[1]))
+    return u - jnp.floor(u)
+
+
+def _on_grid(grid: Sequence[Any], offset: Any) -> tuple[jax.Array, jax.Array]:
+    """(w_hat, code - z) with `offset` added to the floor of w / s."""
+    x, s, z, lo, hi = (_wide(a) for a in grid)
+    code = jnp.clip(jnp.floor(x * (1 / s)) + offset + z, lo, hi) - z
+    return (code * s).astype(grid[0].dtype), code
+
+
+@jax.jit
+def _hard(grid: Sequence[Any], v: Any) -> tuple[jax.Array, jax.Array]:
+    """(w_hat, True if rounding it to nearest gives its codes again)."""
+    w_hat, code = _on_grid(grid, jnp.where(v >= 0, 1.0, 0.0))
+    again = jnp.rint(_wide(w_hat) * (1 / _wide(grid[1])))
+    return w_hat, jnp.all(again == code)
+
+
 def _piece(program: Program, wanted, start: int, stop: int, quantized: bool):
-    """(jitted: values of `need` -> values of `wanted`, need)."""
+    """(values of `need` -> values of `wanted`, need)."""
     need, steps = program.piece(wanted, start, stop)
 
     def call(values):
@@ -390,7 +439,7 @@ def _piece(program: Program, wanted, start: int, stop: int, quantized: bool):
         out = program.run(steps, env, quantized=quantized)
         return [out[v] for v in wanted]
 
-    return jax.jit(call), need
+    return call, need
 
 
 def _unit_call(program: Program, unit: Unit, names: Sequence[str]):
@@ -399,7 +448,6 @@ def _unit_call(program: Program, unit: Unit, names: Sequence[str]):
     markers = [by_name[n].marker for n in names]
     hats = [program.eqns[m].outvars[0] for m in markers]
     need, steps = program.piece([unit.target], unit.start, unit.stop, markers)
-    need = [v for v in need if v not in hats]
 
     def call(weights, values):
         env = dict(zip((*hats, *need), (*weights, *values), strict=True))
