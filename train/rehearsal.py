@@ -33,7 +33,7 @@ def rehearse(
 
     Raises:
       ValueError: if an optimizer cannot be built.
-      Exception: whatever a transform raises, with the name of its stage.
+      Exception: whatever a transform or penalty raises, with the name of its stage.
     """
     last = max((i for i, stage in enumerate(stages) if stage.epochs), default=-1)
     teacher = None
@@ -45,14 +45,23 @@ def rehearse(
             say(f'stage "{stage.name}" cannot be tried before training: {error}')
             return
         except Exception as error:
-            error.add_note(
-                f'This is the transform of stage "{stage.name}", tried on the '
-                "untrained network; --config.rehearse=False trains at once."
-            )
+            _note(error, "transform", stage)
             raise
         if stage.epochs:
             build(stage, model, ctx)
+            try:
+                _ = stage.penalty and stage.penalty(model, ctx)
+            except Exception as error:
+                _note(error, "penalty", stage)
+                raise
         teacher = teacher or model
+
+
+def _note(error: Exception, what: str, stage: configs.Stage) -> None:
+    error.add_note(
+        f'This is the {what} of stage "{stage.name}", tried on the untrained network; '
+        "--config.rehearse=False trains at once."
+    )
 
 
 def build(stage: configs.Stage, model: cj.Model, ctx: configs.Context) -> Any:

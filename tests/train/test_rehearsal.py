@@ -54,6 +54,16 @@ def test_a_transform_that_selects_nothing_is_found_before_training(model):
     assert 'stage "b"' in error.value.__notes__[0]
 
 
+def test_a_penalty_that_cannot_be_made_is_found_before_training(model):
+    def penalty(model, ctx):
+        return model.variables["nothing"]
+
+    stage = configs.Stage("b", optimizer=tiny.adam, epochs=1, penalty=penalty)
+    with pytest.raises(KeyError, match="nothing") as error:
+        rehearse(model, stage)
+    assert 'penalty of stage "b"' in error.value.__notes__[0]
+
+
 def test_stages_behind_the_last_that_trains_are_left_alone(model):
     assert rehearse(model, configs.Stage("b", lost)) == []
     assert rehearse(model, configs.Stage("b", optimizer=late, epochs=0)) == []
