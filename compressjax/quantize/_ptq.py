@@ -10,7 +10,8 @@ The golden rules, and who keeps them:
         both operands of products
      5  data as in evaluation, 100 to 1000   `batches`
      6  observers                            observer=, weight_observer=
-     7  first and last layer at 8 bits       always below 8 bits (ends=8)
+     7  first and last layer at 8 bits       always below 8 bits (ends=8); softmax and
+                                             gelu: overrides=twin_overrides(model, bits)
      8  bias int32                           deploy.integer
      9  joins share a scale                  deploy.integer
     10  bias correction                      correct_bias=True, or its method
@@ -50,6 +51,7 @@ from compressjax.quantize import (
     observers,
 )
 from compressjax.quantize._golden import Bits
+from compressjax.quantize._quantizer import Quantizer
 
 LADDER = (8, 6, 4, 3, 2)  # word lengths that max_drop goes down
 
@@ -132,8 +134,6 @@ def ptq(
     def override(value: Any) -> _insert.Override:
         if isinstance(value, int | tuple):
             return dict(zip(("weights", "inputs"), quantizers(value), strict=True))
-        if isinstance(value, Mapping):
-            return {"weights": weights, "inputs": inputs, **value}
         return value
 
     weights, inputs = quantizers(bits)  # a bad word length is refused at once
@@ -174,10 +174,8 @@ def ptq(
             out = build(model, kept)
         else:
             assert evaluate is not None and key is not None
-            fixed = {
-                **kept,
-                **_fixed(model, where, {g: override(v) for g, v in exceptions.items()}),
-            }
+            given = {glob: override(v) for glob, v in exceptions.items()}
+            fixed = {**kept, **_fixed(model, where, given, weights, inputs)}
             board, path = _candidates(model, bits, fixed)
             out = _max_drop.smallest(
                 path,
@@ -252,7 +250,11 @@ def _ends(
 
 
 def _fixed(
-    model: Model, where: str, overrides: Mapping[str, _insert.Override]
+    model: Model,
+    where: str,
+    overrides: Mapping[str, _insert.Override],
+    weights: Quantizer,
+    inputs: Quantizer,
 ) -> dict[str, tuple[int, int]]:
     """{site that an override speaks about: the bits it gives}."""
     found = rewrite.Rewriter(model, where)
@@ -260,7 +262,11 @@ def _fixed(
     out = {}
     for glob, value in overrides.items():
         for name in trees.select(glob, sorted(found.names), what="site"):
-            q = (None, None) if value is None else (value["weights"], value["inputs"])
-            w, x = (32 if a is None else a.bits for a in q)
-            out[name] = (x, x) if name in products else (w, x)
+            if value is None:
+                out[name] = (32, 32)
+                continue
+            q_x = value.get("inputs", inputs)
+            second = value.get("second", q_x)
+            q_w = second if name in products else value.get("weights", weights)
+            out[name] = tuple(32 if q is None else q.bits for q in (q_w, q_x))
     return out

@@ -167,11 +167,6 @@ def learn_rounding(
     return transform
 
 
-def replay(step: Step) -> Transform:
-    """The transform of a stored step: the codes are in the weights already."""
-    return lambda model: model.then(step)
-
-
 def _groups(
     program: Program, where: str, unit: str, blocks: Sequence[str]
 ) -> tuple[list[list[str]], list[Row]]:

@@ -88,7 +88,7 @@ def digits():
 def coarse(digits):
     """Three-bit weights, eight-bit inputs, and what learning makes of them."""
     q = cj.quantize.ptq(digits.batches, (3, 8), ends=None)(digits.model)
-    learn = learn_rounding(digits.batches, key=jax.random.key(0), iterations=300)
+    learn = learn_rounding(digits.batches, key=jax.random.key(0), iterations=250)
     return q, learn(q)
 
 
@@ -120,7 +120,6 @@ def test_only_weights_change_and_nearest_rounding_gives_the_codes(coarse):
         state = new.variables["quantize_state"][site]["weights"]
         np.testing.assert_array_equal(uniform(3).apply(state, now[site]), now[site])
     assert new.bits == q.bits and new.history[-1].name == NAME
-    assert _round.replay(new.history[-1])(q).history == new.history
 
 
 def test_what_is_not_better_stays_nearest_bit_for_bit(digits, coarse):

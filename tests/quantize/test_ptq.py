@@ -1,0 +1,165 @@
+"""The recipe: what it does by default, what each option adds, and the order."""
+
+import digits_net
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import compressjax as cj
+from compressjax.core import errors, trees
+from compressjax.quantize import observers, ptq
+
+PLAIN = {"observer": observers.minmax(), "weight_observer": observers.minmax()}
+FIRST, MIDDLE, LAST = (f"params/dense{i}/kernel" for i in range(3))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return digits_net.trained()
+
+
+@pytest.fixture(scope="module")
+def loaded(digits):
+    """Every part at once, at three bits."""
+    return ptq(
+        digits.batches,
+        (3, 8),
+        equalize=True,
+        rounding=cj.quantize.learn_rounding(
+            digits.batches, key=jax.random.key(0), iterations=100
+        ),
+        correct_bias=True,
+        guard="report",
+        **PLAIN,
+    )(digits.model)
+
+
+def error(digits, model):
+    y = digits.model(digits.x)
+    return float(jnp.mean((model(digits.x) - y) ** 2) / jnp.mean(y**2))
+
+
+def test_every_part_is_a_step_in_its_order(loaded):
+    assert [s.name for s in loaded.history] == [
+        "from_function",
+        "merge.fuse",
+        "quantize.equalize",
+        "quantize.insert",
+        "quantize.calibrate",
+        "quantize.learn_rounding",
+        "quantize.correct_bias",
+    ]
+    transforms = {r.transform for r in loaded.report}
+    assert {
+        "quantize.equalize",
+        "quantize.learn_rounding",
+        "quantize.guard",
+        "quantize.ptq",
+    } <= transforms
+    (kept,) = (r for r in loaded.report if r.transform == "quantize.guard")
+    assert 0.5 < kept.achieved < 2 and not kept.reason
+
+
+def test_the_parts_together_beat_plain_rounding(digits, loaded):
+    plain = ptq(digits.batches, (3, 8), **PLAIN)(digits.model)
+    assert error(digits, loaded) < 0.6 * error(digits, plain)
+
+
+def test_it_is_saved_and_loaded(digits, loaded, tmp_path):
+    cj.deploy.save(tmp_path / "net", loaded)
+    again = cj.deploy.load(tmp_path / "net", digits.model)
+    np.testing.assert_array_equal(again(digits.x), loaded(digits.x))
+    assert again.history == loaded.history
+
+
+def test_it_packs_to_integers(digits, loaded):
+    packed = cj.deploy.integer(tune=False)(loaded)
+    same = packed(digits.x).argmax(-1) == loaded(digits.x).argmax(-1)
+    assert float(same.mean()) > 0.98
+    assert all(
+        leaf.dtype != jnp.float32 or leaf.size < 200
+        for path, leaf in trees.flat(packed.variables).items()
+        if path.endswith("kernel")
+    )
+
+
+# -- ends ---------------------------------------------------------------------
+
+
+def test_first_and_last_layer_stay_at_eight_bits(loaded):
+    assert dict(loaded.bits) == {FIRST: (8, 8), MIDDLE: (3, 8), LAST: (8, 8)}
+    rows = {r.path: r for r in loaded.report if r.transform == "quantize.ptq"}
+    assert set(rows) == {FIRST, LAST}
+    assert rows[FIRST].requested == "W3A8" and rows[FIRST].achieved == "W8A8"
+
+
+def ends_net(p, x):
+    for k in "abc":
+        x = jax.nn.relu(x @ p[k])
+    return x
+
+
+@pytest.mark.parametrize(
+    "how, want",
+    [
+        ({"ends": None}, [(4, 4), (4, 4), (4, 4)]),
+        ({"ends": 6}, [(6, 6), (4, 4), (6, 6)]),
+        ({"overrides": {"a": (2, 4)}}, [(2, 4), (4, 4), (8, 8)]),
+        ({"overrides": {"c": None}}, [(8, 8), (4, 4), None]),
+        ({"where": "{b,c}"}, [None, (8, 8), (8, 8)]),
+    ],
+    ids=["off", "six", "override", "float", "where"],
+)
+def test_ends(how, want):
+    p = {k: jnp.eye(3) * (i + 1) for i, k in enumerate("abc")}
+    m = cj.from_function(ends_net, p, jnp.ones((2, 3)))
+    q = ptq([(jnp.eye(3),)], 4, **PLAIN, **how)(m)
+    got = [q.bits.get(f"params/{k}") for k in "abc"]
+    assert got == want
+
+
+def test_eight_bits_are_what_they_were(digits):
+    """Bit for bit: fuse, then insert with the quantizers of rules 3 and 4."""
+    q = ptq(digits.batches)(digits.model)
+    w = cj.quantize.uniform(8)
+    x = cj.quantize.uniform(8, symmetric=False, signed=False)
+    parts = cj.compose(
+        cj.merge.fuse(), cj.quantize.insert(w, x, batches=digits.batches)
+    )(digits.model)
+    jax.tree.map(np.testing.assert_array_equal, q.variables, parts.variables)
+    assert not [r for r in q.report if r.transform == "quantize.ptq"]
+
+
+# -- options ------------------------------------------------------------------
+
+
+def test_a_network_without_chains_says_so():
+    m = cj.from_function(lambda p, x: x @ p["w"], {"w": jnp.eye(2)}, jnp.ones((1, 2)))
+    q = ptq([(jnp.eye(2),)], equalize=True)(m)
+    (row,) = (r for r in q.report if r.transform == "quantize.equalize")
+    assert row.achieved is False and "no channel" in row.reason
+
+
+def test_the_guard_refuses_a_collapse():
+    """Two bits for values of which one is a hundred times the others."""
+    p = {"w": jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])}
+    m = cj.from_function(lambda p, x: x @ p["w"], p, jnp.ones((1, 3)))
+    x = jnp.array([[0.1, 0.4, 100.0], [0.3, 0.2, 100.0], [0.2, 0.3, 100.0]])
+    with pytest.raises(errors.RefusedError, match="collapsed"):
+        ptq([(x,)], 2, ends=None, guard="refuse", **PLAIN)(m)
+    q = ptq([(x,)], 2, ends=None, guard="report", **PLAIN)(m)
+    assert "collapsed" in q.report[-1].reason
+
+
+def test_bad_options(digits):
+    data, key = digits.batches, jax.random.key(0)
+    for match, how in {
+        "rounding": {"rounding": "up"},
+        "equalize": {"equalize": "all"},
+        "together": {"max_drop": 0.1, "key": key},
+        "key": {"rounding": "learned"},
+        "integer": {"bits": 1},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            ptq(data, **how)
