@@ -10,8 +10,9 @@ max|W2[i, ..]| of all that read it,
     t[i] = sqrt(r1[i] / r2[i])     makes both ranges sqrt(r1[i] r2[i]),
 
 the choice under which one step per tensor serves every channel best. All chains are
-visited in order of execution until max|t - 1| < 1e-3. A depthwise layer is both a
-reader and a maker of its channels; at the end all three ranges of its chain are equal.
+visited in order of execution until max|t - 1| < 1e-3 (overrelaxed after the first
+sweep; the fixed point is the same). A depthwise layer is both a reader and a maker of
+its channels; at the end all three ranges of its chain are equal.
 
 Absorption of high biases: a channel that is nearly always above c needs no bias that
 large. Past a relu, relu(y - c) = relu(y) - c wherever y >= c, so that
@@ -38,6 +39,9 @@ from compressjax.merge import _float64
 from compressjax.quantize import _chains, _moments
 
 NAME = "quantize.equalize"
+# Over-relaxation from the second sweep on: t^1.6. The 27 layers of MobileNet v1 are one
+# chain, on which plain sweeps need several times as many.
+OMEGA = 1.6
 
 
 def equalize(
@@ -45,7 +49,7 @@ def equalize(
     *,
     absorb: bool = False,
     where: str = "**",
-    iterations: int = 100,
+    iterations: int = 200,
 ) -> Transform:
     """A transform that evens out the ranges of layers that follow each other.
 
@@ -213,7 +217,7 @@ def _balance(
                 np.maximum.at(r2, np.broadcast_to(v.reads, now.shape), now)
             used = ids[(r1[ids] > 0) & (r2[ids] > 0)]  # a dead channel stays
             t = np.sqrt(r1[used] / r2[used])
-            total[used] *= t
+            total[used] *= t if not sweeps else t**OMEGA
             last = max(last, np.abs(t - 1).max(initial=0.0))
         sweeps += 1
     return total, sweeps, last
