@@ -7,7 +7,7 @@ nodes, of its rule. At each `fake_quant` marker
     weights   ->  integer initializer, DequantizeLinear
     inputs    ->  QuantizeLinear, DequantizeLinear
 
-with the same scale s, zero point z and codes, so that a runtime may take integer
+with the same scale s and range of codes, so that a runtime may take integer
 kernels. QuantizeLinear is saturate(rint(x / s) + z), ties to even, where the marker has
 x * (1/s): the codes are the same but for values within a rounding of a tie, and there
 one apart.
@@ -33,14 +33,14 @@ RULES = {**_onnx_rules.RULES, **_onnx_moves.RULES, **_onnx_products.RULES}
 _MOVES = ("broadcast_in_dim", "reshape", "squeeze", "transpose", "iota")
 
 
-def to_onnx(model: Model, batch_size: int | None = None) -> bytes:
+def to_onnx(model: Model, batch_size: int | None = None, *, int4: bool = True) -> bytes:
     """The evaluation graph of a Model as a serialized ONNX ModelProto.
 
     Opset 21, IR version 10. Weights of fake-quantized sites are int8 (int4 from 4 bits
-    down) with DequantizeLinear; their inputs are uint8 or int8 codes, clipped to lo..hi
-    where they have fewer bits; biases are float32 as in the Model. Tensor names are the
-    paths of leaves, sites and modules. Write the bytes to a file, or give them to
-    ``onnxruntime.InferenceSession``.
+    down) with DequantizeLinear; their inputs are uint8 codes (signed ones 128 higher),
+    clipped where they have fewer bits; biases are float32 as in the Model. Tensors are
+    named by the paths of leaves, sites and modules. Write the bytes to a file, or give
+    them to ``onnxruntime.InferenceSession``.
 
     Args:
       model: any Model with float32 variables and inputs. A tuned one is written as the
@@ -48,6 +48,8 @@ def to_onnx(model: Model, batch_size: int | None = None) -> bytes:
         Model that it was packed from.
       batch_size: None: the first axis of each input is a dimension named "batch".
         A number fixes it, for networks that look at the size of their batch.
+      int4: False stores narrow weights as int8 too: a larger file, but onnxruntime has
+        integer kernels for it (1.31 runs convolutions of int4 weights in float).
 
     Returns:
       The file. Inputs are called "input" (or "input_0/..." by their path), outputs
@@ -59,10 +61,14 @@ def to_onnx(model: Model, batch_size: int | None = None) -> bytes:
       RefusedError: for an integer Model, variables without values, a network that
         cannot be traced for a batch of any size, or a file of more than 2 GiB.
 
-    Differs: the runtime has its own rounding. With onnxruntime's fused integer kernels,
-    and without them, each layer is within one code of the marker's given equal codes.
-    On x86 without VNNI set the session option ``session.x64quantprecision`` to "1":
-    its kernels for uint8 x int8 saturate in 16 bits otherwise.
+    Differs: given equal codes each layer is within one code of the Model. With its
+    optimizations on, onnxruntime rounds biases to int32, as `deploy.integer` does, and
+    float weights between quantized values to int8; without its pass
+    "WeightBiasQuantization" (`disabled_optimizers`) both stay as they are. Dense layers
+    of quantized weights and float inputs have their inputs quantized too, unless the
+    session option ``session.qdq_matmulnbits_accuracy_level`` is "1". On x86 without
+    VNNI, set ``session.x64quantprecision`` to "1": its products of uint8 and int8
+    saturate otherwise.
 
     >>> m = cj.from_function(lambda p, x: x @ p["w"], {"w": jnp.eye(3)},
     ...                      jnp.ones((1, 3)))
@@ -72,7 +78,7 @@ def to_onnx(model: Model, batch_size: int | None = None) -> bytes:
     onnx = _onnx_write.require()
     _check(model, batch_size)
     trace, batch = _trace(model, batch_size)
-    graph = Graph(batch)
+    graph = Graph(batch, int4=int4)
     inputs = _inputs(graph, model, trace)
     outputs = _walk(graph, model, trace, inputs)
     names = _names("output", jax.tree.unflatten(trace.out_tree, outputs))

@@ -7,10 +7,11 @@ operations follow, and a broadcast costs nothing until something needs it in ful
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from compressjax.core import errors
@@ -91,12 +92,13 @@ class Graph:
 
     Attributes:
       batch: the symbolic size, or None.
+      int4: store constant codes of four bits and fewer in four-bit types.
       path: the site or module path of the equation at hand, for names and refusals.
       operation: its primitive.
     """
 
-    def __init__(self, batch: Any):
-        self.batch = batch
+    def __init__(self, batch: Any, *, int4: bool = True):
+        self.batch, self.int4 = batch, int4
         self.path, self.operation = "", ""
         self.nodes: list[Node] = []
         self.initializers: dict[str, np.ndarray] = {}
@@ -132,7 +134,8 @@ class Graph:
 
     def initializer(self, array: Any, hint: str = "") -> str:
         array = np.ascontiguousarray(array).reshape(np.shape(array))
-        key = (str(array.dtype), array.shape, array.tobytes())
+        digest = hashlib.sha256(array.tobytes()).digest()
+        key = (str(array.dtype), array.shape, digest)
         if key not in self._same_array:
             name = self.unique(hint or f"{self.path or 'constant'}/{array.dtype}")
             self.initializers[name] = array
@@ -183,7 +186,7 @@ class Graph:
             shape=shape,
             dtype=self.check(aval.dtype),
             held=shape if held is None else held,
-            names={tuple(range(len(shape))) if perm is None else tuple(perm): name},
+            names={tuple(range(len(shape)) if perm is None else perm): name},
         )
 
     def read(self, value: Value, perm: Perm | None = None) -> str:
@@ -214,8 +217,7 @@ class Graph:
         """A list of sizes, some of them multiples of the batch, as a tensor."""
         if all(isinstance(n, int) for n in dims):
             return self.sizes(dims)
-        source = self.batch_source
-        batch = self.node("Shape", [source], start=0, end=1)
+        batch = self.node("Shape", [self.batch_source], start=0, end=1)
         parts = []
         for n in dims:
             if isinstance(n, int):
@@ -228,9 +230,8 @@ class Graph:
                     "Fix the batch: to_onnx(model, batch_size=1).",
                 )
             one = times == 1
-            parts.append(
-                batch if one else self.node("Mul", [batch, self.sizes([times])])
-            )
+            part = batch if one else self.node("Mul", [batch, self.sizes([times])])
+            parts.append(part)
         return self.node("Concat", parts, axis=0)
 
     def reshape(self, name: str, dims: Sequence[Any]) -> str:
@@ -239,6 +240,17 @@ class Graph:
             sizes = [n if isinstance(n, int) else -1 for n in dims]
             return self.node("Reshape", [name, self.sizes(sizes)])
         return self.node("Reshape", [name, self.shape_of(dims)])
+
+    def merged(self, value: Value, perm: Perm, dims: Sequence[Any]) -> str:
+        """The whole tensor in a layout, some of its axes taken together."""
+        if value.codes is not None:
+            codes = value.codes.transpose(perm)
+            parts = (codes.q, codes.scale, codes.zero)
+            q, s, z = (np.broadcast_to(a, codes.q.shape).reshape(dims) for a in parts)
+            s, z = _shared(s, z)
+            codes = Codes(q, s, z, codes.lo, codes.hi)
+            return self._dequantized(codes, value.hint)
+        return self.reshape(self.full(value, perm), dims)
 
     def common(self, values: Sequence[Value]) -> tuple[Perm, tuple[Any, ...]]:
         """(the layout for an elementwise node on the values, the size of its result)"""
@@ -273,32 +285,33 @@ class Graph:
 
     def _dequantized(self, codes: Codes, hint: str) -> str:
         """Codes as an initializer in their narrowest type, and DequantizeLinear."""
-        dtype = code_type(codes.lo, codes.hi, constant=True)
-        shape = codes.q.shape
+        dtype = code_type(codes.lo, codes.hi, four=self.int4)
         scale, zero = np.broadcast_arrays(codes.scale, codes.zero)
         axes = [a for a, n in enumerate(scale.shape) if n > 1]
-        adjacent = axes == list(range(axes[0], axes[-1] + 1)) if axes else True
-        if dtype is None or not adjacent:
-            # Steps along axes that lie apart: no DequantizeLinear has that.
+        if dtype is None or len(axes) > 1:
+            # Steps along several axes: no DequantizeLinear has that.
             wide = self.initializer(codes.q.astype(np.int8 if dtype else np.int32))
             name = self.node("Cast", [wide], to=np.dtype("float32"))
             if zero.any():
                 z = self.initializer(zero.astype(np.float32))
                 name = self.node("Sub", [name, z])
             return self.node("Mul", [name, self.initializer(scale)])
-        q, merged = codes.q, shape
-        if len(axes) > 1:
-            n = int(np.prod([shape[a] for a in axes]))
-            merged = (*shape[: axes[0]], n, *shape[axes[-1] + 1 :])
-            q = q.reshape(merged)
-        q_name = self.initializer(q.astype(dtype), f"{hint}:codes" if hint else "")
+        q = self.initializer(codes.q.astype(dtype), f"{hint}:codes" if hint else "")
         flat = (scale.size,) if axes else ()
-        names = [q_name, self.initializer(scale.reshape(flat))]
+        names = [q, self.initializer(scale.reshape(flat))]
         if zero.any():
             names.append(self.initializer(zero.reshape(flat).astype(dtype)))
         axis = {"axis": axes[0]} if axes else {}
-        name = self.node("DequantizeLinear", names, **axis)
-        return name if merged == shape else self.reshape(name, shape)
+        return self.node("DequantizeLinear", names, **axis)
+
+
+def _shared(*arrays: np.ndarray) -> list[np.ndarray]:
+    """The arrays with size 1 along the axes on which none of them varies."""
+    for axis in range(arrays[0].ndim):
+        first = [a.take([0], axis) for a in arrays]
+        if all((a == f).all() for a, f in zip(arrays, first, strict=True)):
+            arrays = tuple(first)
+    return list(arrays)
 
 
 # (graph, equation, operands) -> the value, or the list of values, of the equation.
@@ -319,15 +332,15 @@ _CODE_TYPES: Mapping[str, tuple[int, int]] = {
 }
 
 
-def code_type(lo: int, hi: int, *, constant: bool) -> np.dtype | None:
-    """The narrowest type of codes lo..hi; four bits for constants only.
+def code_type(lo: int, hi: int, *, four: bool) -> np.dtype | None:
+    """The narrowest type of codes lo..hi; of four bits only if asked for.
 
-    >>> str(code_type(-7, 7, constant=True)), str(code_type(0, 15, constant=False))
+    >>> str(code_type(-7, 7, four=True)), str(code_type(0, 15, four=False))
     ('int4', 'uint8')
     """
     for name, (low, high) in _CODE_TYPES.items():
-        if low <= lo and hi <= high and (constant or not name.endswith("int4")):
-            return np.dtype(getattr(ml_dtypes, name, None) or name)
+        if low <= lo and hi <= high and (four or not name.endswith("int4")):
+            return np.dtype(getattr(jnp, name))
     return None
 
 

@@ -127,7 +127,8 @@ def _dynamic_slice(g: Graph, eqn: Any, ins: list[Value]) -> Value:
 def _gather(g: Graph, eqn: Any, ins: list[Value]) -> Value:
     """A look-up along one axis (rows of a table, jnp.take), or slices at fixed places.
 
-    Where the batch has any size, JAX writes static slices as gathers.
+    Where the batch has any size, JAX writes static slices as gathers. Indices from the
+    data must lie in their range: ONNX has no fill value for others.
     """
     (x, index), p, aval = ins, eqn.params, eqn.outvars[0].aval
     numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
@@ -172,11 +173,15 @@ def _gather_fixed(g: Graph, eqn: Any, x: Value, places: np.ndarray) -> Value | N
     kept = [k for k in range(x.rank) if k not in numbers.collapsed_slice_dims]
     lands = dict(zip(kept, numbers.offset_dims, strict=True))
     dropped, free = [], set(range(len(over)))
+    fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     name, perm = g.full(x), x.perm
     for column, axis in enumerate(numbers.start_index_map):
         starts, n, size = places[..., column], x.shape[axis], sizes[axis]
         if isinstance(n, int):
-            starts = np.clip(starts, 0, n - size)
+            inside = np.clip(starts, 0, n - size)
+            if fills and (inside != starts).any():
+                return None
+            starts = inside
         varying = [k for k in range(len(over)) if np.ptp(starts, axis=k).any()]
         where = perm.index(axis)
         if not varying:

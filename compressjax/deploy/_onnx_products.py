@@ -50,9 +50,9 @@ def _dot(g: Graph, eqn: Any, ins: list[Value]) -> Value:
     (of_a, of_b), (batch_a, batch_b) = eqn.params["dimension_numbers"]
     free_a = [k for k in range(a.rank) if k not in (*of_a, *batch_a)]
     free_b = [k for k in range(b.rank) if k not in (*of_b, *batch_b)]
-    left = g.full(a, (*batch_a, *free_a, *of_a))
-    right = g.full(b, (*batch_b, *of_b, *free_b))
+    of_left, of_right = (*batch_a, *free_a, *of_a), (*batch_b, *of_b, *free_b)
     if len(of_a) == 1 and len(free_b) == 1 and (len(free_a) == 1 or not batch_a):
+        left, right = g.full(a, of_left), g.full(b, of_right)
         return g.tensor(g.node("MatMul", [left, right]), aval)
 
     def size(v: Value, axes: Sequence[int]) -> Any:
@@ -62,8 +62,8 @@ def _dot(g: Graph, eqn: Any, ins: list[Value]) -> Value:
         return n
 
     batch = [a.shape[k] for k in batch_a]
-    left = g.reshape(left, [*batch, size(a, free_a), size(a, of_a)])
-    right = g.reshape(right, [*batch, size(b, of_b), size(b, free_b)])
+    left = g.merged(a, of_left, [*batch, size(a, free_a), size(a, of_a)])
+    right = g.merged(b, of_right, [*batch, size(b, of_b), size(b, free_b)])
     return g.tensor(g.reshape(g.node("MatMul", [left, right]), aval.shape), aval)
 
 
@@ -83,6 +83,8 @@ def _window(g: Graph, eqn: Any, x: Value) -> tuple[tuple[int, ...], dict[str, An
             f"a window over {sum(moves)} of {x.rank} axes; two must stay outside it.",
             "Give it a batch and a channel axis.",
         )
+    if x.dtype != np.float32:
+        g.refuse(f"pooling of {x.dtype}.", "Pool float32 values.")
     if any(d != 1 for d in base):
         g.refuse("dilated operands of a pooling.", "Pool without base_dilation.")
     if any(side < 0 for sides in padding for side in sides):
@@ -134,8 +136,10 @@ def fake_quant(g: Graph, eqn: Any, ins: list[Value]) -> Value:
     """The marker scale (clip(rint(x / scale) + zero, lo, hi) - zero).
 
     Constants keep their codes; anything else is QuantizeLinear, a Clip where the type
-    has more codes than lo..hi, and DequantizeLinear. Steps along several axes, more
-    than 16 bits, or a zero point that is no code are written out as arithmetic.
+    has more codes than lo..hi, and DequantizeLinear. Signed codes are 128 higher in the
+    file, as uint8: onnxruntime 1.31 rejects Transpose or Reshape after int8 codes of
+    opset 21. Steps along several axes, more than 16 bits, or a zero point that is no
+    code are written out as arithmetic.
     """
     x, *parts = ins
     if any(v.array is None for v in parts):
@@ -144,22 +148,25 @@ def fake_quant(g: Graph, eqn: Any, ins: list[Value]) -> Value:
             "Calibrate it: ranges that are variables are constants of the file.",
         )
     s, z, lo, hi = (np.asarray(v.array, np.float32) for v in parts)
+    s, z = np.broadcast_arrays(s, z)
     lo, hi = float(lo.reshape(())), float(hi.reshape(()))
     # Where z is a code, rint(x/s) + z is one too; that is all QuantizeLinear does.
     whole = lo == round(lo) and hi == round(hi) and np.array_equal(z, np.rint(z))
     whole = whole and bool(np.all((lo <= z) & (z <= hi)))
     if x.array is not None and all(isinstance(n, int) for n in x.shape):
         return _constant(g, x, s, z, lo, hi, whole)
-    axes = [
-        a for a in range(s.ndim) if max(s.shape[a], z.shape[a] if z.ndim else 1) > 1
-    ]
-    dtype = code_type(int(lo), int(hi), constant=False) if whole else None
+    axes = [a for a, n in enumerate(s.shape) if n > 1]
+    dtype = code_type(int(lo), int(hi), four=False) if whole else None
+    if dtype is not None and dtype.kind == "i":
+        half = 2 ** (8 * dtype.itemsize - 1)
+        z, lo, hi = z + np.float32(half), lo + half, hi + half
+        dtype = np.dtype(f"u{dtype}")
     if dtype is not None and dtype.itemsize > 1 and (lo, hi) != code_range(dtype):
         dtype = None  # onnxruntime has no Clip of 16 bits
     if dtype is None or len(axes) > 1:
         return _arithmetic(g, eqn, x, s, z, lo, hi)
     flat = (-1,) if axes else ()
-    s, z = (a.reshape(flat) for a in np.broadcast_arrays(s, z))
+    s, z = s.reshape(flat), z.reshape(flat)
     perm = x.perm
     name, held = g.read(x), x.held
     if axes and held[axes[0]] != x.shape[axes[0]]:
@@ -178,12 +185,10 @@ def _constant(g: Graph, x: Value, s, z, lo: float, hi: float, whole: bool) -> Va
     array = np.broadcast_to(np.asarray(x.array), x.shape)
     q = np.clip(np.rint(array * (np.float32(1) / s)) + z, lo, hi)
     y = ((q - z) * s).astype(np.float32)
-    if not whole or code_type(int(lo), int(hi), constant=True) is None:
+    if not whole or code_type(int(lo), int(hi), four=True) is None:
         return g.constant(y, hint=x.hint)
-    rank = (1,) * (array.ndim - s.ndim) + s.shape
-    codes = Codes(
-        q.astype(np.int32), s.reshape(rank), _as_rank(z, array.ndim), int(lo), int(hi)
-    )
+    s, z = _as_rank(s, array.ndim), _as_rank(z, array.ndim)
+    codes = Codes(q.astype(np.int32), s, z, int(lo), int(hi))
     return g.constant(y, codes=codes, hint=x.hint)
 
 

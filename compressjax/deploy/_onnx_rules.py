@@ -7,6 +7,7 @@ the equation.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from jax import lax
 
@@ -19,22 +20,6 @@ def _aval(eqn: Any) -> Any:
 
 def _is_float(v: Value) -> bool:
     return v.dtype == np.float32
-
-
-def _number(v: Any, like: Value) -> Value:
-    """The constant that stands beside `like`, of its type."""
-    return Value((), like.dtype, (), array=np.asarray(v, like.dtype))
-
-
-def _float(x: float) -> Value:
-    return Value((), np.dtype("float32"), (), array=np.asarray(x, np.float32))
-
-
-class _Like:
-    """An abstract value: a shape and a dtype."""
-
-    def __init__(self, shape: Any, dtype: Any):
-        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
 
 
 # Elementwise.
@@ -79,31 +64,27 @@ def _integer_pow(g: Graph, eqn: Any, ins: list[Value]) -> Value:
     y = eqn.params["y"]
     if y == 2:
         return _square(g, eqn, ins)
-    return g.elementwise("Pow", [ins[0], _number(y, ins[0])], _aval(eqn))
-
-
-def _pow(g: Graph, eqn: Any, ins: list[Value]) -> Value:
-    return g.elementwise("Pow", ins, _aval(eqn))
+    exponent = g.constant(np.asarray(y, ins[0].dtype))
+    return g.elementwise("Pow", [ins[0], exponent], _aval(eqn))
 
 
 def _exp2(g: Graph, eqn: Any, ins: list[Value]) -> Value:
-    return g.elementwise("Pow", [_float(2), ins[0]], _aval(eqn))
+    return g.elementwise("Pow", [g.constant(np.float32(2)), ins[0]], _aval(eqn))
 
 
 def _erfc(g: Graph, eqn: Any, ins: list[Value]) -> Value:
     erf = g.elementwise("Erf", ins, _aval(eqn))
-    return g.elementwise("Sub", [_float(1), erf], _aval(eqn))
+    return g.elementwise("Sub", [g.constant(np.float32(1)), erf], _aval(eqn))
 
 
 def _log1p(g: Graph, eqn: Any, ins: list[Value]) -> Value:
-    return g.elementwise(
-        "Log", [g.elementwise("Add", [_float(1), ins[0]], _aval(eqn))], _aval(eqn)
-    )
+    more = g.elementwise("Add", [g.constant(np.float32(1)), ins[0]], _aval(eqn))
+    return g.elementwise("Log", [more], _aval(eqn))
 
 
 def _expm1(g: Graph, eqn: Any, ins: list[Value]) -> Value:
     exp = g.elementwise("Exp", ins, _aval(eqn))
-    return g.elementwise("Sub", [exp, _float(1)], _aval(eqn))
+    return g.elementwise("Sub", [exp, g.constant(np.float32(1))], _aval(eqn))
 
 
 def _with_number(ins: list[Value]) -> tuple[Value, float | None]:
@@ -115,14 +96,15 @@ def _max(g: Graph, eqn: Any, ins: list[Value]) -> Value:
     x, limit = _with_number(ins)
     if limit == -np.inf and x.shape == tuple(_aval(eqn).shape):
         return x  # what softmax does to its maximum
-    if limit == 0 and _is_float(x):
+    if limit == 0 and _is_float(x) and x.rank == len(_aval(eqn).shape):
         return g.elementwise("Relu", [x], _aval(eqn))
     return g.elementwise("Max", ins, _aval(eqn))
 
 
 def _min(g: Graph, eqn: Any, ins: list[Value]) -> Value:
     x, limit = _with_number(ins)
-    if limit is None or not _is_float(x) or x.array is not None:
+    same_rank = x.rank == len(_aval(eqn).shape)
+    if limit is None or not same_rank or not _is_float(x) or x.array is not None:
         return g.elementwise("Min", ins, _aval(eqn))
     before = g.producer.get(g.read(x))
     top = g.initializer(np.float32(limit))
@@ -189,7 +171,7 @@ def _reduce_bool(op: str) -> Rule:
         if x.dtype != np.bool_:
             g.refuse("bitwise on integers.", "Write it with arithmetic, or on bools.")
         wide = g.node("Cast", [g.full(x)], to=np.dtype("int32"))
-        like = _Like(aval.shape, np.int32)
+        like = jax.ShapeDtypeStruct(aval.shape, np.int32)
         y = _reduced(g, op, x, eqn.params["axes"], like, wide)
         return g.elementwise("Cast", [y], aval, to=np.dtype("bool"))
 
@@ -223,6 +205,7 @@ RULES: Mapping[str, Rule] = {
             add Add
             add_any Add
             sub Sub
+            pow Pow
             mul Mul
             div Div
             neg Neg
@@ -257,7 +240,6 @@ RULES: Mapping[str, Rule] = {
     "rsqrt": _rsqrt,
     "square": _square,
     "integer_pow": _integer_pow,
-    "pow": _pow,
     "exp2": _exp2,
     "erfc": _erfc,
     "log1p": _log1p,

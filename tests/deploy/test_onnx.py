@@ -267,6 +267,17 @@ CASES = {
         ),
         (MAPS,),
     ),
+    "reduce_window_sum, dilation": (
+        lambda x: pool(
+            x,
+            0.0,
+            jax.lax.add,
+            (1, 2, 2, 1),
+            (1, 1, 2, 1),
+            window_dilation=(1, 2, 3, 1),
+        ),
+        (MAPS,),
+    ),
     "avg_pool": (lambda x: nn.avg_pool(x, (2, 2), (2, 2)), (MAPS,)),
     "wide pads": (
         lambda x: pool(
@@ -417,7 +428,7 @@ def test_inputs_and_outputs_have_names():
 
 
 def quantized(x, *parts):
-    """The output, and the codes, of one marker in NumPy."""
+    """One marker in NumPy."""
     s, z, lo, hi = (np.asarray(a, np.float32) for a in parts)
     q = np.clip(np.rint(x * (np.float32(1) / s)) + z, lo, hi)
     return (q - z) * s
@@ -442,6 +453,7 @@ MARKERS = {
         0,
         255,
     ),
+    "one step, zero points": (0.25, np.array([[0, 3, 7, 255]], np.float32), 0, 255),
     "a step for each": (2.0 ** -np.arange(8).reshape(2, 4), np.zeros((2, 4)), -8, 7),
     "half a zero point": (0.5, 0.5, 0, 15),
 }
@@ -457,6 +469,14 @@ def test_marker(name):
     np.testing.assert_array_equal(execute(of_data, TIES)[0], want)
     of_weight = exported(lambda x: x + fake_quant(TIES, *parts), TIES, batch_size=2)
     np.testing.assert_array_equal(execute(of_weight, 0 * TIES)[0], want)
+
+
+def test_signed_codes_before_a_transpose():
+    """onnxruntime 1.31 rejects this with int8 codes; the file has them as uint8."""
+    parts, w = (0.25, 0.0, -127, 127), made(1, 3, 3, 4, 5)
+    data = exported(lambda x: conv(fake_quant(x, *parts), w), MAPS)
+    want = conv(quantized(MAPS, *parts), w)
+    np.testing.assert_allclose(execute(data, MAPS)[0], want, rtol=1e-5, atol=1e-5)
 
 
 def types(data):
@@ -485,6 +505,9 @@ def test_weights_are_stored_as_codes(lo, hi, kind):
     assert len(data) < w.size * per_weight + 1500
     want = x @ quantized(w, s, z, lo, hi)
     np.testing.assert_allclose(execute(data, x)[0], want, rtol=1e-5, atol=1e-5)
+    wide = cj.deploy.to_onnx(model, int4=False)
+    assert types(wide)[kind.replace("4", "8")] == w.size
+    np.testing.assert_allclose(execute(wide, x)[0], want, rtol=1e-5, atol=1e-5)
 
 
 def test_steps_along_two_axes_of_a_weight():
@@ -522,7 +545,8 @@ def jax_codes(model, x):
 
         def handle(eqn, ins):
             if next(index) in markers:
-                y, (_, s, z, *_) = tracing.bind(eqn, ins)[0], ins
+                y, (_, s, z, lo, _) = tracing.bind(eqn, ins)[0], ins
+                z = z + jnp.where(lo < 0, 128, 0)  # as the file has it
                 found.append((jnp.rint(y / s + z), s, z))
                 return [y]
             return None
