@@ -1,9 +1,9 @@
 """The quantizers that the golden rules give to a word length (rules 3, 4 and 6).
 
-    weights    symmetric, narrow range, a step per output channel; min-max above 4 bits,
-               else the clip of least mean |w - Q(w)|^2.4
-    inputs     asymmetric, unsigned, a step per tensor; min-max from 8 bits up, else the
-               clip of least squared error
+weights    symmetric, narrow range, a step per output channel; min-max above 4 bits,
+           else the clip of least mean |w - Q(w)|^2.4
+inputs     asymmetric, unsigned, a step per tensor; min-max from 8 bits up, else the
+           clip of least squared error
 """
 
 from compressjax.quantize import _uniform, observers

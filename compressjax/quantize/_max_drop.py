@@ -4,7 +4,7 @@ Candidates are the allocations of `allocate`, from the most bits of every site t
 fewest, one step of one site at a time, the step that costs least KL per BOP first. With
 scores s_n of the float and q_n of the quantized network on the same N examples,
 
-    drop = mean(s_n - q_n),    interval: quantiles of the mean of N resampled differences
+    drop = mean(s_n - q_n),   interval: quantiles of the mean of N resampled s_n - q_n
 
 (paired bootstrap, 1000 resamples). A candidate passes if the upper end of the interval
 is at most max_drop; without a confidence, if the drop itself is.

@@ -176,13 +176,14 @@ def ptq(
             assert evaluate is not None and key is not None
             given = {glob: override(v) for glob, v in exceptions.items()}
             fixed = {**kept, **_fixed(model, where, given, weights, inputs)}
+            score = evaluate  # not None, for the functions below
             board, path = _candidates(model, bits, fixed)
             out = _max_drop.smallest(
                 path,
-                try_out=lambda settings: evaluate(board.model(settings)),
+                try_out=lambda settings: score(board.model(settings)),
                 build=lambda settings: build(model, settings),
-                evaluate=evaluate,
-                reference=evaluate(board.model({})),
+                evaluate=score,
+                reference=score(board.model({})),
                 max_drop=max_drop,
                 confidence=confidence,
                 key=jax.random.fold_in(key, 1),

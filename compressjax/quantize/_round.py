@@ -3,8 +3,8 @@
 A weight w on a grid of step s may be rounded down or up, and the nearest of the two is
 rarely the best for the output. With f = floor(w / s) and one number v per entry,
 
-    w_hat = s (clip(f + h(v) + z, q_n, q_p) - z),    h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)
-    L     = sum_c mean (y - y_float)^2 / mean y_float^2  +  lambda sum (1 - |2 h - 1|^beta)
+    w_hat = s (clip(f + h(v) + z, q_n, q_p) - z),   h = clip(1.2 sigmoid(v) - 0.1, 0, 1)
+    L     = sum_c mean (y - y_float)^2 / mean y_float^2 + lambda sum(1 - |2 h - 1|^beta)
 
 over one unit (a layer or a block) after the other. y is computed from the inputs that
 the already quantized layers give, y_float by the float network. v starts where
@@ -16,9 +16,12 @@ error over all batches.
 
 Papers: Nagel et al., Up or Down?, ICML 2020, arXiv 2004.10568; Li et al., BRECQ, ICLR
 2021, arXiv 2102.05426.
-Differs: the error is in units of the mean square of its target, so that lambda means
-the same for every layer; a step takes one batch as it was given; Adam at 1e-2 and 2000
-iterations (the papers: 1e-3, 20000); steps of the inputs are not trained.
+Differs: the target of a block is the sum of its branches and what follows elementwise;
+a quantizer whose values are no scale x code (twin, non-uniform) stays in the float
+target as it is; the error is in units of the mean square of its target, so that lambda means
+the same for every layer; a step takes one batch as it was given; Adam at 1e-2, 2000
+iterations (the papers: 1e-3, 20000); the steps of inputs are not trained, and no Fisher
+weights are used.
 """
 
 import functools

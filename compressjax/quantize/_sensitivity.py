@@ -117,7 +117,9 @@ class Sensitivity(jupyter.JupyterMixin):
             box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
         )
         for name in ("site", "mode", "bits", "KL", "SQNR dB", "score"):
-            out.add_column(name, justify="left" if name in ("site", "mode") else "right")
+            out.add_column(
+                name, justify="left" if name in ("site", "mode") else "right"
+            )
         for r in self.rows:
             out.add_row(
                 text.Text(r.site),
@@ -405,9 +407,7 @@ class _Compare:
                 signal += jnp.sum(jnp.square(y.astype(jnp.float32)))
                 noise += jnp.sum(jnp.square((y - y_q).astype(jnp.float32)))
                 if _has_classes(y):
-                    p, q = (
-                        jax.nn.log_softmax(a.astype(jnp.float32)) for a in (y, y_q)
-                    )
+                    p, q = (jax.nn.log_softmax(a.astype(jnp.float32)) for a in (y, y_q))
                     kl += jnp.sum(jnp.exp(p) * (p - q))
             return signal, noise, kl
 

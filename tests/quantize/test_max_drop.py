@@ -137,9 +137,13 @@ def test_the_network_returned_is_within_the_bound(digits, small):
     assert np.quantile(means, 0.975) <= 0.04 + 0.003  # other resamples
     assert f"drop {lost.mean():.4g}" in row(small).achieved
     assert all(w <= 8 and x <= 8 for w, x in small.bits.values())
-    assert cj.costs.count(small).bops < 0.5 * cj.costs.count(
-        digits.model.replace(bits=dict.fromkeys(small.bits, (8, 8)))
-    ).bops
+    assert (
+        cj.costs.count(small).bops
+        < 0.5
+        * cj.costs.count(
+            digits.model.replace(bits=dict.fromkeys(small.bits, (8, 8)))
+        ).bops
+    )
 
 
 def test_its_history_is_that_of_its_steps(small):

@@ -142,9 +142,7 @@ def odd_net(p, x):
     dims = ("NCHW", "OIHW", "NCHW")
     conv = jax.lax.conv_general_dilated
     x = jax.nn.relu(conv(x, p["a"], (1, 1), "SAME", dimension_numbers=dims))
-    y = conv(
-        x, p["b"], (1, 1), "SAME", dimension_numbers=dims, feature_group_count=2
-    )
+    y = conv(x, p["b"], (1, 1), "SAME", dimension_numbers=dims, feature_group_count=2)
     x = jax.nn.relu(x + y).reshape(x.shape[0], -1)
     y = jnp.einsum("oi,bi->ob", p["left"], x)  # the weight is the first operand
     return jax.nn.relu(y).T @ p["moved"].transpose(1, 2, 0).reshape(6, 4)
@@ -255,7 +253,9 @@ def test_shared_derived_and_scanned_weights_are_left_and_reported(knot):
     new = learn_rounding([(x,)], key=jax.random.key(1), iterations=200)(q)
     done = rows(new)
     for name in ("params/shared", "params/shared#2"):
-        assert done[name].achieved == "nearest" and "more than once" in done[name].reason
+        assert (
+            done[name].achieved == "nearest" and "more than once" in done[name].reason
+        )
     assert "derived" in done["params/derived"].reason
     assert "loop" in done["params/scanned"].reason
     assert done["params/plain"].achieved.startswith("error")

@@ -138,7 +138,11 @@ def test_plot(measured, monkeypatch):
     s, _ = measured
     axes = s.plot().axes[0]
     assert len(axes.lines) == 2 * 4
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["dense0", "dense1", "dense2"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == [
+        "dense0",
+        "dense1",
+        "dense2",
+    ]
     line = next(a for a in axes.lines if a.get_label() == "one_on W8A8")
     want = [r.sqnr for r in s.rows if r.mode == "one_on" and r.weight_bits == 8]
     assert list(line.get_ydata()) == want
