@@ -24,6 +24,8 @@ Whatever is neither becomes float32 again, and the report says which sites staye
 Weights of 1 to 7 bits are stored packed (`core.packing`) and unpacked to int8 inside
 the function. A zero point z_c of a weight is taken from its codes where v - z_c fits a
 byte; else sum u (v - z_c) = sum u v - z_c sum u, and sum u is a product with ones.
+Odd codes (-1 and +1) take one bit less than their range, and a codebook of up to 16
+levels (powers of two) is stored as indices, where the Model's bits say so.
 
 Papers: Jacob et al., CVPR 2018, arXiv 1712.05877.
 Differs: a float32 multiplier, not an integer multiplier and a shift; residual sums keep
@@ -189,6 +191,8 @@ def _stored_as(facts: Mapping[str, Any], site: str) -> str:
     odd = facts.get(f"{site}/odd", 0)
     if bits == 1 and odd:
         return "binary, packed"
+    if facts.get(f"{site}/levels"):
+        return f"{bits}-bit levels, packed"
     return f"{'int' if facts[f'{site}/signed'] or odd else 'uint'}{bits}, packed"
 
 

@@ -15,6 +15,8 @@ from compressjax.deploy import _lowerings, _program
 from compressjax.deploy._values import Known, Leaves, StaysFloat
 from compressjax.deploy._walk import Walk
 
+_LEVELS = 4  # bits of the largest codebook: its levels are selected one by one
+
 
 def pack(
     model: Model, found: dict[str, Any] | None, *, weight_only: bool = False
@@ -27,6 +29,7 @@ def pack(
     while True:
         leaves = jax.tree.leaves(model.variables)
         walk = Pack(program, trace, leaves, found, fixed_plan, weight_only)
+        walk.asked = {name: bits[0] for name, bits in model.bits.items()}
         try:
             jax.eval_shape(
                 lambda *data: walk.run(data),  # noqa: B023
@@ -53,6 +56,7 @@ class Pack(Walk):
     ):
         super().__init__(program, trace, found)
         self.weight_only = weight_only
+        self.asked: dict[str, int] = {}  # bits of the weights, as the Model says
         self.names = program.names
         self.needed: set[int] = set()
         self.packed: dict[str, Any] = {}
@@ -187,18 +191,9 @@ class Pack(Walk):
         codes = np.broadcast_to(codes, shape)
         codes = np.nan_to_num(codes).astype(np.int64)
         zero = zero.astype(np.int64)
-        out: dict[str, Any] = {"odd": 0}
-        if low == -high and low % 2 and codes.size and (codes % 2).all():
-            # -1 and +1, or -3, -1, 1, 3, ...: half of the range is never used.
-            bits, signed, out["odd"] = bits - 1, False, int(low)
-        out |= {"bits": bits, "signed": signed}
-        if bits < 8:
-            plain = (codes - out["odd"]) // 2 if out["odd"] else codes
-            out["words"] = packing.pack(plain, bits, signed=signed)
-        else:
-            if not signed:  # a byte carries 0..255 as -128..127
-                codes, zero, low, high = codes - 128, zero - 128, low - 128, high - 128
-            out["words"] = codes.astype(np.int8)
+        if bits == 8 and not signed:  # a byte carries 0..255 as -128..127
+            codes, zero, low, high = codes - 128, zero - 128, low - 128, high - 128
+        out = _words(codes, int(low), int(high), self.asked.get(site.name, 8))
         fits = low - zero.max(initial=0) >= -128 and high - zero.min(initial=0) <= 127
         out["shift"] = (1 if fits else 2) if zero.any() else 0
         out |= {"zero": zero, "scale": scale}
@@ -231,6 +226,7 @@ class Pack(Walk):
         channels = [1 if a in axes else n for a, n in enumerate(shape)]
         return {
             "words": words,
+            "levels": np.zeros(2**bits, np.int8),
             "zero": np.zeros(channels, np.int64),
             "axes": axes,
             "scale": np.ones(channels),
@@ -238,6 +234,30 @@ class Pack(Walk):
             "size": np.ones(channels),
             "place": _placed(site),
         }
+
+
+def _words(codes: np.ndarray, low: int, high: int, asked: int) -> dict[str, Any]:
+    """Codes low..high, in -128..127, in words as short as they or the Model say.
+
+    >>> _words(np.array([-8, 0, 1, 8]), -8, 8, 2)["levels"].tolist()
+    [-8, 0, 1, 8]
+    """
+    bits, signed = packing.word_length(low, high)
+    out: dict[str, Any] = {"bits": bits, "signed": signed, "odd": 0, "levels": None}
+    levels = np.unique(codes)
+    if low == -high and low % 2 and codes.size and (codes % 2).all():
+        # -1 and +1, or -3, -1, 1, 3, ...: half of the range is never used.
+        out |= {"bits": bits - 1, "signed": False, "odd": low}
+        codes = (codes - low) // 2
+    elif asked < bits and asked <= _LEVELS and levels.size <= 2**asked:
+        # A codebook of few levels far apart, powers of two say: its indices.
+        table = np.zeros(2**asked, np.int8)
+        table[: levels.size] = levels
+        out |= {"bits": asked, "signed": False, "levels": table}
+        codes = np.searchsorted(levels, codes)
+    if out["bits"] == 8:
+        return out | {"words": codes.astype(np.int8)}
+    return out | {"words": packing.pack(codes, out["bits"], signed=out["signed"])}
 
 
 def _placed(site) -> Callable[[np.ndarray], np.ndarray]:

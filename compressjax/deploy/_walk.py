@@ -442,7 +442,18 @@ class Walk(_rules.Rules):
             return words
         codes = packing.unpack(words, w.shape, bits, signed=bool(signed))
         odd = self.decide(f"{site.name}/odd", lambda: packed["odd"])
-        return codes * np.int8(2) + np.int8(odd) if odd else codes
+        if odd:
+            return codes * np.int8(2) + np.int8(odd)
+        if not self.decide(f"{site.name}/levels", lambda: packed["levels"] is not None):
+            return codes
+        levels = self.constant(
+            f"{CONSTANTS}/{site.name}/levels", lambda: packed["levels"]
+        )
+        # Selections stay in vector registers, where a gather would not.
+        chosen = jnp.zeros_like(codes)
+        for k in range(2**bits):
+            chosen = jnp.where(codes == k, levels[k], chosen)
+        return chosen
 
     def blocks(
         self, site: finding.Site, what: str, shape: Sequence[int], compute: Any

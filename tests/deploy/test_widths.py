@@ -245,6 +245,28 @@ def test_odd_codes_and_steps_along_the_sum():
     np.testing.assert_allclose(both(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_codebook_is_stored_as_indices():
+    """Powers of two up to 64 have codes of 8 bits, and 16 levels: 4 bits."""
+    w, v = np.random.default_rng(3).normal(size=(2, 40, 40)).astype(F32)
+    x = np.random.default_rng(4).normal(size=(3, 40)).astype(F32)
+    model = cj.from_function(
+        lambda p, x: fake_quant(x @ p["w"], 0.1, 3.0, -128, 127) @ p["v"],
+        {"w": w, "v": v},
+        x,
+    )
+    fake = cj.quantize.insert(
+        cj.quantize.power_of_two(4),
+        overrides={"v": {"weights": cj.quantize.least_squares((1, 2, 4))}},
+    )(model)
+    packed = cj.deploy.integer(tune=False)(fake)
+    np.testing.assert_allclose(packed(x), fake(x), rtol=1e-4, atol=1e-4)
+    for name, bits in (("w", 4), ("v", 3)):
+        assert packed.variables["integer"][name].nbytes == 1600 * bits // 8
+        assert packed.bits[f"params/{name}"][0] == bits
+    (row,) = [r for r in packed.report if r.path == "params/v"][-1:]
+    assert row.achieved == "3-bit levels, packed"
+
+
 def test_words_are_unpacked_by_the_running_program():
     """Bytes go in as an argument; no constant holds the codes."""
     w = np.random.default_rng(2).normal(size=(64, 96)).astype(F32)
