@@ -18,10 +18,10 @@ Papers: Nagel et al., Up or Down?, ICML 2020, arXiv 2004.10568; Li et al., BRECQ
 2021, arXiv 2102.05426.
 Differs: the target of a block is the sum of its branches and what follows elementwise;
 a quantizer whose values are no scale x code (twin, non-uniform) stays in the float
-target as it is; the error is in units of the mean square of its target, so that lambda means
-the same for every layer; a step takes one batch as it was given; Adam at 1e-2, 2000
-iterations (the papers: 1e-3, 20000); the steps of inputs are not trained, and no Fisher
-weights are used.
+target as it is; the error is in units of the mean square of its target, so that lambda
+means the same for every layer; a step takes one batch as it was given; Adam at 1e-2,
+2000 iterations (the papers: 1e-3, 20000); the steps of inputs are not trained, and no
+Fisher weights are used.
 """
 
 import functools
