@@ -62,7 +62,7 @@ PAIRS = {
     "powers": (
         power_of_two(3, shift=True),
         power_of_two(2, signed=False),
-        "int4, packed",
+        "3-bit levels, packed",
     ),
     "gauss_levels": (
         gaussian(3, half_wave=False, scale="observed"),
@@ -173,6 +173,9 @@ def test_packed_integers_have_the_same_codes(name):
         codes = packing.unpack(
             words, w.shape, bits, signed=bool(facts[f"{site}/signed"])
         )
+        if facts.get(f"{site}/levels"):
+            levels = trees.flat(out.variables)[f"requantization/{site}/levels"]
+            codes = np.asarray(levels)[np.asarray(codes)]
         codes = np.asarray(codes, np.float64) * (2 if odd else 1) + odd
         # One scale for each output channel that makes the weight of its codes.
         flat, c = w.reshape(-1, w.shape[-1]), codes.reshape(-1, w.shape[-1])
