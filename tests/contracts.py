@@ -76,6 +76,18 @@ def keep_half():
     }
 
 
+def both(weights, inputs):
+    """Quantizers of weights and inputs, calibrated if they wait for data."""
+    insert = cj.quantize.insert(weights, inputs)
+
+    def transform(model):
+        made = insert(model)
+        waits = not inputs.ready(inputs.init(jax.ShapeDtypeStruct((1, 1), "float32")))
+        return cj.quantize.calibrate(batches())(made) if waits else made
+
+    return transform
+
+
 MODELS = {
     "rewrite": Contract(cj.rewrite(lambda site, op, x, w: op(x, w / 2) + 1)),
     "capture": Contract(cj.capture(), out=lambda y: y[0]),
@@ -90,6 +102,44 @@ MODELS = {
         )
     ),
     "quantize.reestimate_norms": Contract(cj.quantize.reestimate_norms(batches())),
+    "quantize.lsq": Contract(
+        both(cj.quantize.lsq(4), cj.quantize.lsq(4, signed=False))
+    ),
+    "quantize.lsq, an offset": Contract(
+        both(cj.quantize.lsq(3), cj.quantize.lsq(4, signed=False, offset=True))
+    ),
+    "quantize.dorefa, pact": Contract(
+        both(cj.quantize.dorefa(3), cj.quantize.pact(3, start=1.0))
+    ),
+    "quantize.binary": Contract(
+        both(cj.quantize.binary("ede"), cj.quantize.binary("bireal", None))
+    ),
+    "quantize.ternary, gaussian": Contract(
+        both(cj.quantize.ternary(), cj.quantize.gaussian(2, scale="observed"))
+    ),
+    "quantize.power_of_two": Contract(
+        both(cj.quantize.power_of_two(3), cj.quantize.power_of_two(2, signed=False))
+    ),
+    "quantize.least_squares, dorefa": Contract(
+        both(cj.quantize.least_squares(bases=2), cj.quantize.dorefa(2, signed=False))
+    ),
+    "quantize.fractional": Contract(
+        both(cj.quantize.fractional(2.5, most=3), cj.quantize.fractional(3.5, most=4))
+    ),
+    "quantize.remove, schedule": Contract(
+        cj.compose(
+            cj.quantize.insert(cj.quantize.lsq(8)),
+            cj.quantize.remove(),
+            cj.quantize.ptq(batches(), bits=16),
+            cj.quantize.schedule(inputs_after=1, ranges_until=2),
+        )
+    ),
+    "quantize.learn_rounding": Contract(
+        cj.compose(
+            cj.quantize.ptq(batches(), bits=16),
+            cj.quantize.learn_rounding(batches(), key=jax.random.key(0), iterations=2),
+        )
+    ),
     "prune.shrink": Contract(lambda m: cj.prune.shrink(keep_half())(m)),
     "prune.mask": Contract(lambda m: cj.prune.mask(keep_half())(m)),
     "prune.channels": Contract(cj.prune.channels(0.5)),
