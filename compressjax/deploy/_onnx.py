@@ -25,7 +25,13 @@ from compressjax.core import errors, lowered, straight_through, trees
 from compressjax.core import sites as finding
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model
-from compressjax.deploy import _onnx_moves, _onnx_products, _onnx_rules, _onnx_write
+from compressjax.deploy import (
+    _onnx_batch,
+    _onnx_moves,
+    _onnx_products,
+    _onnx_rules,
+    _onnx_write,
+)
 from compressjax.deploy._onnx_graph import Graph, Rule, Value
 
 RULES = {**_onnx_rules.RULES, **_onnx_moves.RULES, **_onnx_products.RULES}
@@ -47,7 +53,7 @@ def to_onnx(model: Model, batch_size: int | None = None, *, int4: bool = True) -
         network it was tuned from, an integer one is refused: export the fake-quantized
         Model that it was packed from.
       batch_size: None: the first axis of each input is a dimension named "batch".
-        A number fixes it, for networks that look at the size of their batch.
+        A number fixes it, for networks that depend on the size of their batch.
       int4: False stores narrow weights as int8 too: a larger file, but onnxruntime has
         integer kernels for it (1.31 runs convolutions of int4 weights in float).
 
@@ -59,7 +65,7 @@ def to_onnx(model: Model, batch_size: int | None = None, *, int4: bool = True) -
       ImportError: without the extra ``compressjax[onnx]``.
       UnsupportedError: for a primitive without a rule, by name and place.
       RefusedError: for an integer Model, variables without values, a network that
-        cannot be traced for a batch of any size, or a file of more than 2 GiB.
+        depends on the size of its batch, or a file of more than 2 GiB.
 
     Differs: given equal codes each layer is within one code of the Model. With its
     optimizations on, onnxruntime rounds biases to int32, as `deploy.integer` does, and
@@ -111,32 +117,46 @@ def _check(model: Model, batch_size: Any) -> None:
 
 def _trace(model: Model, batch_size: int | None) -> tuple[tracing.Trace, Any]:
     """(the inlined trace with its markers, the symbolic batch or None)."""
-    batch = batch_size if batch_size is not None else export.symbolic_shape("batch")[0]
+    if batch_size is not None:
+        return _inlined(model, batch_size), None
+    (batch,) = export.symbolic_shape("batch")
+    try:
+        return _inlined(model, batch), batch
+    except errors.CompressionError:
+        raise
+    except Exception as error:
+        # Code that takes sizes as integers; if it has other errors, they come again.
+        pair = [_inlined(model, n) for n in _onnx_batch.SIZES]
+        trace = pair[0]
+        values = [*trace.in_values[: trace.n_variables]]
+        values += jax.tree.leaves(_specs(model, batch))
+        try:
+            flat = _onnx_batch.join([t.jaxpr for t in pair], batch, values)
+        except _onnx_batch.DependsOnBatch as reason:
+            raise errors.RefusedError(
+                f"the network depends on the size of its batch: {reason}.",
+                operation="deploy.to_onnx",
+                remedy="Fix the batch: to_onnx(model, batch_size=1).",
+            ) from error
+        joined = dataclasses.replace(trace, jaxpr=flat, in_values=tuple(values))
+        return joined, batch
 
+
+def _specs(model: Model, batch: Any) -> Any:
     def spec(s: Any) -> Any:
         shape = (batch, *s.shape[1:]) if s.shape else ()
         return jax.ShapeDtypeStruct(shape, s.dtype)
 
-    inputs = jax.tree.map(spec, model.inputs)
-    try:
-        apply_fn = lowered.plain(model.apply_fn)
-        trace = tracing.trace(apply_fn, model.variables, inputs, {})
-        flat = tracing.inline(
-            trace, lambda eqn: eqn.params.get("name") == straight_through.MARKER
-        )
-    except errors.CompressionError:
-        raise
-    except Exception as error:
-        if batch_size is not None:
-            raise
-        reason = str(error).strip().partition("\n")[0]
-        raise errors.RefusedError(
-            f"the network cannot be traced for a batch of any size: {reason}",
-            operation="deploy.to_onnx",
-            remedy="Fix the batch: to_onnx(model, batch_size=1).",
-        ) from error
-    symbol = batch if batch_size is None else None
-    return dataclasses.replace(trace, jaxpr=flat), symbol
+    return jax.tree.map(spec, model.inputs)
+
+
+def _inlined(model: Model, batch: Any) -> tracing.Trace:
+    apply_fn = lowered.plain(model.apply_fn)
+    trace = tracing.trace(apply_fn, model.variables, _specs(model, batch), {})
+    flat = tracing.inline(
+        trace, lambda eqn: eqn.params.get("name") == straight_through.MARKER
+    )
+    return dataclasses.replace(trace, jaxpr=flat)
 
 
 def _names(base: str, tree: Any) -> list[str]:

@@ -408,6 +408,21 @@ def test_fixed_batch():
         execute(data, x)
 
 
+def test_any_batch_where_sizes_are_taken_as_integers(layers):
+    """Pruned networks label every index: no symbolic size goes through them."""
+    model, x = layers
+    keep = {
+        g.name: np.arange(g.size) % 4 != 1 for g in cj.prune.groups(model) if g.prunable
+    }
+    pruned = cj.prune.shrink(keep)(model)
+    data = cj.deploy.to_onnx(pruned)
+    assert session(data).get_inputs()[0].shape == ["batch", 8, 8, 3]
+    want = np.asarray(jax.jit(pruned.apply_fn)(pruned.variables, x))
+    for n in (1, 6):
+        (got,) = execute(data, x[:n], optimize=False)
+        np.testing.assert_allclose(got, want[:n], rtol=0, atol=1e-4)
+
+
 def test_inputs_and_outputs_have_names():
     p = {"w": jnp.ones((3, 2))}
     model = cj.from_function(
@@ -719,13 +734,20 @@ def test_refuses_steps_of_the_data():
         cj.deploy.to_onnx(linear(net))
 
 
-def test_refuses_a_network_that_looks_at_its_batch():
-    def net(p, x):
-        return x @ p["w"] * float(int(x.shape[0]) > 1)
+def test_refuses_a_network_that_depends_on_its_batch():
+    def scaled(p, x):
+        return x @ p["w"] * float(int(x.shape[0]) + 1)
 
-    with pytest.raises(errors.RefusedError, match=r"any size.*batch_size=1"):
-        cj.deploy.to_onnx(linear(net))
-    assert cj.deploy.to_onnx(linear(net), batch_size=2)
+    def branches(p, x):
+        return x @ p["w"] if int(x.shape[0]) > 2 else jnp.sin(x)
+
+    def grows(p, x):
+        return x @ p["w"] + jnp.zeros((int(x.shape[0]) - 1, 1)).sum()
+
+    for net in (scaled, branches, grows):
+        with pytest.raises(errors.RefusedError, match="depends on the size of its"):
+            cj.deploy.to_onnx(linear(net))
+        assert cj.deploy.to_onnx(linear(net), batch_size=2)
 
 
 def test_refuses_what_is_no_network():
