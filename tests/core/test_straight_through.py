@@ -138,3 +138,16 @@ def test_round_ste():
     assert round_ste(x).tolist() == [-2, 0, 0, 2, 1]
     assert jax.vmap(jax.grad(round_ste))(x).tolist() == [1] * 5
     assert jax.jvp(round_ste, (x,), (2 * x,))[1].tolist() == (2 * x).tolist()
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_the_entry_that_sets_the_range_keeps_its_gradient(bits, key):
+    """s = max|x| / hi in float32: x / s may come out a little above hi."""
+    hi = 2.0 ** (bits - 1) - 1
+    x = jax.random.normal(key, (32, 1000))
+    s = jnp.max(jnp.abs(x), 0, keepdims=True) / hi
+    quantize = jax.jit(lambda x, s: straight_through.fake_quant(x, s, 0.0, -hi, hi))
+    slope = jax.jit(jax.grad(lambda x: quantize(x, s).sum()))
+    np.testing.assert_array_equal(slope(x), 1.0)
+    # The contrast: a thousandth of the range beyond it there is none.
+    assert bool(jnp.all(jnp.any(slope(1.001 * x) == 0, axis=0)))
