@@ -41,6 +41,7 @@ class Config(configs.Config):
     width: int = 16
     lr: float = 0.2
     weight_decay: float = 5e-4
+    damping: float = 0.0
 
 
 def build(config, key, images):
@@ -92,6 +93,15 @@ def learned(bits, ctx):
     )
 
 
+def damping(model, ctx):
+    """Oscillation damping, ramped up over the stage."""
+    if not ctx.config.damping:
+        return lambda variables, step: 0.0
+    ramp = optax.linear_schedule(0.0, ctx.config.damping, ctx.steps)
+    penalty = cj.quantize.damp(model)
+    return lambda variables, step: ramp(step) * penalty(variables)
+
+
 def round_to(model, ctx, *, bits):
     """Post-training quantization of the float network, first and last layer at 8."""
     return cj.quantize.ptq(ctx.batches, bits)(ctx.teacher)
@@ -116,6 +126,7 @@ def get_config() -> Config:
                 optimizer=small_sgd,
                 epochs=20,
                 loss=distil,
+                penalty=damping,
             ),
             configs.Stage(
                 f"frozen-w{bits}a{bits}",

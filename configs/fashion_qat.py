@@ -13,7 +13,8 @@ Three seeds, paired differences and the share of the loss of ptq that qat wins b
         --seeds 0,1,2 --pairs ptq-w4a4:frozen-w4a4,ptq-w2a2:frozen-w2a2 \\
         --config.data_dir=DIR
 
-A small one (8 channels, an epoch for each stage that trains):
+A small one (8 channels, an epoch for each stage that trains); oscillation damping comes
+with --config.damping=1e-3:
 
     python -m train.main --config configs/fashion_qat.py --workdir runs/small \\
         --config.data_dir=DIR --config.width=8 --config.stages[0].epochs=2 \\
@@ -40,6 +41,7 @@ class Config(configs.Config):
     width: int = 16
     lr: float = 0.2
     weight_decay: float = 5e-4
+    damping: float = 0.0
 
 
 def build(config, key, images):
@@ -91,6 +93,15 @@ def learned(bits, ctx):
     )
 
 
+def damping(model, ctx):
+    """Oscillation damping, ramped up over the stage."""
+    if not ctx.config.damping:
+        return lambda variables, step: 0.0
+    ramp = optax.linear_schedule(0.0, ctx.config.damping, ctx.steps)
+    penalty = cj.quantize.damp(model)
+    return lambda variables, step: ramp(step) * penalty(variables)
+
+
 def round_to(model, ctx, *, bits):
     """Post-training quantization of the float network, first and last layer at 8."""
     return cj.quantize.ptq(ctx.batches, bits)(ctx.teacher)
@@ -115,6 +126,7 @@ def get_config() -> Config:
                 optimizer=small_sgd,
                 epochs=3,
                 loss=distil,
+                penalty=damping,
             ),
             configs.Stage(
                 f"frozen-w{bits}a{bits}",

@@ -96,8 +96,10 @@ def inner_bits(model):
 
 
 def test_post_training_beside_quantization_aware(run):
+    config = fashion_qat.get_config()
+    config.damping = 1e-3
     models, losses = run(
-        fashion_qat.get_config(),
+        config,
         {"float": 0, "ptq-w2a2": 0, "qat-w2a2": 1, "frozen-w2a2": 1},
     )
     original, rounded, learned, frozen = models

@@ -62,6 +62,19 @@ def test_a_frozen_stage_trains_the_evaluation_form(model, batch):
     assert difference(plain["trained"], after["trained"]) > 1e-4
 
 
+def test_many_bits_train_like_float(model, batch):
+    """The law: 16 bits take the float step. The contrast: two bits take another."""
+    _, plain, _ = one_step(model, batch)
+
+    def apart(bits):
+        q = cj.quantize.uniform
+        quantized = cj.quantize.insert(q(bits), q(bits), batches=[(batch["image"],)])
+        _, after, _ = one_step(quantized(model), batch)
+        return difference(plain["trained"], after["trained"])
+
+    assert apart(16) < 1e-4 and apart(2) > 1e-3
+
+
 def test_a_penalty_is_added_with_its_step(model, batch):
     def penalty(variables, at):
         return (at + 1) * jnp.sum(variables["params"]["Dense_0"]["bias"] + 1.0)
