@@ -77,9 +77,10 @@ def test_in_a_network(learned):
     m = cj.from_function(
         lambda p, x: x @ p["w"], {"w": jnp.asarray(W)}, jnp.ones((2, 8))
     )
-    inputs = fractional(5.5, signed=False, learned=learned)
+    plain = {"learned": learned, "observer": observers.minmax()}
+    inputs = fractional(5.5, signed=False, **plain)
     data = [(jnp.abs(jnp.asarray(W.T)),)]
-    q = cj.quantize.insert(fractional(3.5, learned=learned), inputs, batches=data)(m)
+    q = cj.quantize.insert(fractional(3.5, **plain), inputs, batches=data)(m)
     name = "quantize" if learned else "quantize_state"
     state = q.variables[name]["params/w"]
     assert float(state["weights"]["bits"]) == 3.5

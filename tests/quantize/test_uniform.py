@@ -160,11 +160,11 @@ def test_smaller_groups_never_err_more(shape, axes):
 
     def error(group):
         q = uniform(4, group_size=group, observer=observers.mse())
-        state = q.init(w, channel_axis=axes)
-        return float(jnp.mean((q.apply(state, w) - w) ** 2))
+        y = jax.jit(lambda w: q.apply(q.init(w, channel_axis=axes), w))(w)
+        return float(jnp.mean((y - w) ** 2))
 
-    errors = [error(g) for g in (1, 2, 4, size, None)]
-    assert errors == sorted(errors) and errors[1] < 0.6 * errors[-1]
+    errors = [error(g) for g in (2, size, None)]
+    assert errors == sorted(errors) and errors[0] < 0.6 * errors[-1]
 
 
 def test_inputs_per_channel():
