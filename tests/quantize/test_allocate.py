@@ -157,13 +157,15 @@ def test_the_quantized_network_is_within_the_budget(key):
     x = jax.random.normal(k3, (32, 6))
     net = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]  # noqa: E731
     m = cj.from_function(net, p, x)
-    s = cj.quantize.sensitivity(m, [(x,)], bits=(8, 3))
+    plain = cj.quantize.observers.minmax()
+    how = {"observer": plain, "weight_observer": plain}
+    s = cj.quantize.sensitivity(m, [(x,)], bits=(8, 3), **how)
     for budget in (6 * 16 * 64 + 64 * 64, 6 * 16 * 9 + 64 * 64, 160 * 9):
         bits = allocate(s, bops=budget)
         counted = cj.costs.count(m.replace(bits=bits))
         assert counted.bops <= budget
         assert counted.bops == sum(r.bops for r in counted.rows)
-    q = cj.quantize.ptq([(x,)], overrides=bits)(m)
+    q = cj.quantize.ptq([(x,)], overrides=bits, **how)(m)
     assert dict(q.bits) == bits == {"params/a": (3, 3), "params/b": (3, 3)}
     assert cj.costs.count(q).bops == 160 * 9
     steps = 4 * (16 + 4)

@@ -167,3 +167,20 @@ def test_an_impossible_bound_is_refused(digits):
             ends=None,
             **PLAIN,
         )(digits.model)
+
+
+def test_overrides_and_ends_are_not_searched(digits):
+    """With a bound that everything meets, all the others go down to two bits."""
+    q = ptq(
+        digits.batches,
+        3,
+        overrides={"dense2/kernel": None},
+        max_drop=1.0,
+        evaluate=digits.correct,
+        key=jax.random.key(0),
+        **PLAIN,
+    )(digits.model)
+    assert dict(q.bits) == {
+        "params/dense0/kernel": (8, 8),  # the first
+        "params/dense1/kernel": (2, 2),
+    }

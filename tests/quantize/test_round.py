@@ -165,11 +165,11 @@ def odd():
     return m, insert(w, a, batches=[(x,)])(m), x
 
 
-def test_any_layout_and_a_last_batch_of_another_size(odd):
+def test_any_layout(odd):
     m, q, x = odd
-    new = learn_rounding([(x[:8],), (x[8:],)], key=jax.random.key(0), iterations=150)(q)
+    new = learn_rounding([(x,)], key=jax.random.key(0), iterations=400)(q)
     error = lambda a: float(jnp.mean((a(x) - m(x)) ** 2))  # noqa: E731
-    assert error(new) < 0.6 * error(q)
+    assert error(new) < 0.8 * error(q)
     assert {p.removeprefix("params/") for p in rows(new)} == set(odd_params())
     learned = [s for s, r in rows(new).items() if not r.reason]
     assert "params/moved" in learned and "params/left" in learned
@@ -181,6 +181,20 @@ def test_any_layout_and_a_last_batch_of_another_size(odd):
         np.testing.assert_array_equal(
             uniform(3).apply(state[site]["weights"], w), w, err_msg=site
         )
+
+
+def test_a_last_batch_of_another_size(odd):
+    """The error is that of all examples, whatever the batches are."""
+    _, q, x = odd
+    one, two = (
+        rows(
+            learn_rounding(data, key=jax.random.key(0), iterations=300, where="left")(q)
+        )["params/left"].achieved
+        for data in ([(x,)], [(x[:8],), (x[8:],)])
+    )
+    before = [float(a[6:].split(" -> ")[0]) for a in (one, two)]
+    assert before[0] == pytest.approx(before[1], rel=0.01)
+    assert two.startswith("error")
 
 
 def test_a_block_is_learned_as_a_whole(odd):
