@@ -45,9 +45,9 @@ from compressjax.core import trace as tracing
 from compressjax.core.model import Model, Row, Step, Transform
 from compressjax.deploy import _choices, _tune
 from compressjax.deploy._pack import Pack, pack
+from compressjax.deploy._products import Product
 from compressjax.deploy._program import Program
 from compressjax.deploy._run import Run
-from compressjax.deploy._walk import Product
 
 
 def integer(
