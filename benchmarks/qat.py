@@ -17,7 +17,7 @@ Peers, where installed (pip install qwix aqtp):
   AQT         dense layers only. Through its convolution no gradient comes: `aqt_check`
               shows it, and a form with kernels whose gradient is zero is marked, since
               such a step computes less than it should.
-At 2 bits our own ResNet has one: untrained, the pooled inputs of its head all round to 0
+At 2 bits our own ResNet has one: untrained, the pooled inputs of its head round to 0
 (configs keep the last layer at 8 bits).
 """
 
