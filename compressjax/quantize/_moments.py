@@ -1,6 +1,6 @@
 """Means and deviations per output channel of the sites of a Model, over batches."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,39 @@ def channel_mean(site: Site, y: Any) -> jax.Array:
     return jnp.mean(y, others).transpose(order)
 
 
+def check_batches(batches: Any, *, passes: str | None = None) -> None:
+    """Raises TypeError for what is no re-iterable of input tuples.
+
+    Args:
+      batches: what the user gave.
+      passes: what reads them more than once, so that an iterator would be exhausted;
+        None: they are read once.
+    """
+    if isinstance(batches, np.ndarray | jax.Array):
+        raise TypeError(
+            f"batches is one array, {batches.dtype}{list(batches.shape)}. "
+            "Give a list of input tuples: [(x,), ...]."
+        )
+    if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}. "
+            "Give a list of input tuples: [(x,), ...]."
+        )
+    if passes and isinstance(batches, Iterator):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}, which its first pass leaves "
+            f"exhausted: give a list. {passes} reads the batches again."
+        )
+
+
+def no_batches(batches: Any) -> str:
+    """The reason of an error where a pass over batches found none."""
+    if isinstance(batches, Iterator):
+        kind = type(batches).__name__
+        return f"there are no batches: the {kind} is exhausted: give a list."
+    return "there are no batches."
+
+
 def over_batches(
     step: Callable[[Any], Mapping[str, Any]], batches: Iterable[Any]
 ) -> dict[str, Any]:
@@ -40,7 +73,7 @@ def over_batches(
         count += n
     if not count:
         raise errors.RefusedError(
-            "there are no batches.",
+            no_batches(batches),
             operation="quantize",
             remedy="Give a list of input tuples, [(x,), ...].",
         )
