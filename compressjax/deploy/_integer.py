@@ -17,7 +17,11 @@ so that the worst case stays under 2^30:
     q_y = clip(rint(float32(v) * (u / s_y)) + z_y, lo, hi)
 
 The worst case of a site is max over c of (sum |v_c| max |q - z| s_x s_c + |bias_c|), of
-a sum the sum of the worst cases. Every product above is one float32 rounding, followed
+a sum the sum of the worst cases. The length of a sum and the factors of a mean are
+packed too: inputs that change them are refused. With less than 16 bits on both sides
+together a step s_x s_c is coarse, and so would be the bias: acc has 16 - b_x - b_c
+binary places then (fewer where 2^29 would not hold them), which s_x s_c and b take in.
+Every product above is one float32 rounding, followed
 by rint: no compiler can fuse what would change it, so NumPy gives the same integers.
 Whatever is neither becomes float32 again, and the report says which sites stayed float.
 
@@ -216,9 +220,25 @@ def _apply(apply_fn, specs, found, trainable, table, *, store=True):
                     operation="deploy.integer",
                     remedy="Train the Model it was packed from.",
                 )
-        return integer(variables, *_Static.split(args, kwargs))
+        arrays, static = _Static.split(args, kwargs)
+        return integer(*_without_gradient((variables, arrays)), static)
 
     return apply
+
+
+@jax.custom_jvp
+def _without_gradient(values):
+    return values
+
+
+@_without_gradient.defjvp
+def _(primals, tangents):
+    raise errors.RefusedError(
+        "an integer network has no gradient: it would be zero everywhere.",
+        operation="deploy.integer",
+        remedy="Train the fake-quantized Model and pack it again; for a constant use "
+        "jax.lax.stop_gradient on what goes in.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,14 @@ def pack(
         return walk, {**found, **walk.found}
 
 
+# What a static fact may be, so that JSON keeps it.
+_KINDS = {
+    bool: (bool, np.bool_),
+    int: (int, np.integer),
+    float: (float, np.floating),
+}
+
+
 class Pack(Walk):
     """The walk with the variables at hand: computes what the running network reads."""
 
@@ -111,7 +119,7 @@ class Pack(Walk):
     def lowering(self, product):
         return "conv:int8"
 
-    def decide(self, name, compute):
+    def decide(self, name, compute) -> Any:
         if self.fixed_plan:
             if name not in self._given["facts"]:
                 raise errors.CheckpointError(
@@ -123,7 +131,8 @@ class Pack(Walk):
             fact = self._given["facts"][name]
         else:
             fact = compute()
-            fact = bool(fact) if isinstance(fact, bool | np.bool_) else int(fact)
+            kind = next(k for k in (bool, int, float) if isinstance(fact, _KINDS[k]))
+            fact = kind(fact)
         self.facts[name] = fact
         return fact
 

@@ -141,17 +141,25 @@ class Products(_rules.Rules):
                 f"{CONSTANTS}/{site.name}/sums", lambda: packed["place"](packed["sums"])
             )
             offset = fill * sums if fill else None
+        size = max(abs(x.lo - x.zero), abs(x.hi - x.zero))
+        fine = self.decide(
+            f"{site.name}/fine",
+            lambda: _fine(self.bits[site.name], packed["size"].max(initial=0) * size),
+        )
+        if fine:
+            y = y << fine
+            offset = None if offset is None else offset << fine
         if not packed:
             return Sums(y, site.name, offset)
-        place, size = packed["place"], max(abs(x.lo - x.zero), abs(x.hi - x.zero))
+        place = packed["place"]
         if packed["size"].max(initial=0) * size > _LARGEST:
             self.too_large(site)
         return Sums(
             y,
             site.name,
             offset,
-            scale=place(packed["scale"]) * np.float64(x.scale),
-            acc_bound=place(packed["size"]) * float(size),
+            scale=place(packed["scale"]) * np.float64(x.scale) / 2**fine,
+            acc_bound=place(packed["size"]) * float(size) * 2**fine,
         )
 
     def weight(self, site: finding.Site, w: Any) -> dict[str, Any]:
@@ -294,6 +302,8 @@ class Products(_rules.Rules):
         tops = [max(abs(c.lo - c.zero), abs(c.hi - c.zero)) for c in (a, b)]
         if k * tops[0] * tops[1] > _LARGEST:
             self.too_large(site)
+        what = "the length of a sum"
+        self.as_packed(site.name, what, k, lambda now, then: now <= then)
         if za and zb:
             y = y + k * za * zb
         self.products.setdefault(site.name, None)  # type: ignore[arg-type]
@@ -306,6 +316,18 @@ class Products(_rules.Rules):
             scale=np.full(one, a.scale * b.scale),
             acc_bound=np.full(one, float(k) * tops[0] * tops[1]),
         )
+
+
+def _fine(bits: tuple[int, int], largest: float) -> int:
+    """Binary places that sums get so that a bias keeps the resolution of 8 bits.
+
+    >>> _fine((8, 8), 1e6), _fine((2, 4), 1e6), _fine((2, 2), 2.0**27)
+    (0, 9, 2)
+    """
+    places = max(0, 16 - sum(bits))
+    while places and largest * 2**places > _LARGEST / 2:
+        places -= 1
+    return places
 
 
 def _one_channel(site: finding.Site, shape: Sequence[int]) -> tuple[int, ...]:

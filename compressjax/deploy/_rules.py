@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from compressjax.core import errors
 from compressjax.core import trace as tracing
 from compressjax.deploy import _known, _moves, _program
 from compressjax.deploy._values import (
@@ -112,9 +113,27 @@ class Rules:
         return self.scaled(x, 1 / divisor)
 
     def scaled(self, x: Any, factor: float) -> Any:
+        # It may count pixels, as in a mean, and multipliers are packed.
+        self.as_packed(_name(x), "a factor", factor, lambda now, then: now == then)
+        return self.rescaled(x, factor)
+
+    def as_packed(self, path: str, what: str, now: float, fits: Any) -> None:
+        """Refuse inputs whose size changes a number that was packed."""
+        then = self.decide(self.unique(f"{path}/{what}"), lambda: now)
+        if not fits(now, then):
+            raise errors.RefusedError(
+                f"with inputs of this size {what} is {now:g}; it was packed for "
+                f"{then:g}.",
+                path=path,
+                operation="deploy.integer",
+                remedy="Pack the Model with inputs of this size: "
+                "model.replace(inputs=...) before deploy.integer().",
+            )
+
+    def rescaled(self, x: Any, factor: float) -> Any:
         if isinstance(x, Sums) and not x.later and x.high is None:
             if x.bias_key is not None:
-                return self.scaled(self.to_fixed(x), factor)
+                return self.rescaled(self.to_fixed(x), factor)
             scale = None if x.scale is None else x.scale * factor
             return dataclasses.replace(x, scale=scale)
         if not isinstance(x, Fixed):
@@ -210,6 +229,8 @@ class Rules:
         (x,) = ins
         axes = eqn.params["axes"]
         terms = math.prod(_shape(x)[a] for a in axes)
+        what = "the length of a sum"
+        self.as_packed(_name(x), what, terms, lambda now, then: now <= then)
         y = self.to_fixed(x, terms)
         bound = None if y.bound is None else y.bound * terms
         return Fixed(y.v.sum(axes, dtype=jnp.int32), y.unit, bound)
@@ -262,6 +283,11 @@ class Rules:
                 return later
         y = self.to_fixed(x)
         return [Fixed(v, y.unit, y.bound) for v in tracing.bind(eqn, [y.v])]
+
+
+def _name(x: Any) -> str:
+    """Where a value comes from, as far as it knows."""
+    return getattr(x, "site", None) or getattr(x, "marker", None) or "a sum"
 
 
 def _shape(x: Quantized) -> tuple[int, ...]:

@@ -421,6 +421,59 @@ def test_works_inside_transformations(chain):
     np.testing.assert_array_equal(np.asarray(scanned), wanted)
 
 
+def test_other_image_sizes_are_refused_where_they_change_the_numbers(key):
+    w = {"a": jax.random.normal(key, (3, 8)), "b": jax.random.normal(key, (8, 5))}
+
+    def pooled(p, x):
+        return jax.nn.relu(x @ p["a"]).mean((1, 2)) @ p["b"]
+
+    x = jax.random.uniform(key, (2, 4, 4, 3))
+    packed, fake = pack(pooled, w, x)
+    for side in (2, 8):  # the mean's 1/16 stands in a multiplier
+        with pytest.raises(errors.RefusedError, match="inputs of this size"):
+            packed(jnp.ones((2, side, side, 3)))
+    more = jnp.concatenate([x, x, x])
+    np.testing.assert_allclose(packed(more), fake(more), atol=0.05)
+
+    def largest(p, x):
+        return jax.nn.relu(x @ p["a"]).max((1, 2)) @ p["b"]
+
+    packed, fake = pack(largest, w, x)  # nothing counts pixels here
+    wide = jax.random.uniform(key, (2, 8, 8, 3))
+    np.testing.assert_allclose(packed(wide), fake(wide), atol=0.05)
+
+
+def pack(net, w, x):
+    fake = cj.quantize.ptq([(x,)])(cj.from_function(net, w, x))
+    return cj.deploy.integer(tune=False)(fake), fake
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_bias_keeps_its_resolution_at_few_bits(bits, key):
+    keys = jax.random.split(key, 3)
+    x = jax.random.normal(keys[0], (64, 16))
+    w = jax.random.normal(keys[1], (16, 4))
+    b = jax.random.normal(keys[2], (1, 4))
+    model = cj.from_function(lambda p, x: x @ p["w"] + p["b"], {"w": w, "b": b}, x)
+    u = cj.quantize.uniform(bits)
+    fake = cj.quantize.insert(u, u, batches=[(x,)])(model)
+    packed = cj.deploy.integer(tune=False)(fake)
+    top = 2 ** (bits - 1) - 1
+    steps = np.abs(x).max() / top * np.abs(w).max(0) / top / 2 ** (16 - 2 * bits)
+    off = np.abs(np.asarray(packed(x) - fake(x))).max(0)
+    assert (off < 0.5 * steps + 1e-5).all()  # half a step, and float32 round-off
+    assert off.max() < 1.5e-3  # where half a step of two 2-bit operands is above 1
+
+
+def test_gradients_are_refused(chain):
+    model, x, *_ = chain
+    packed = cj.deploy.integer(tune=False)(model)
+    with pytest.raises(errors.RefusedError, match="no gradient"):
+        jax.grad(lambda x: packed(x).sum())(x)
+    factor = jax.grad(lambda s: (s * packed(x)).sum())(2.0)  # as a constant
+    np.testing.assert_allclose(factor, packed(x).sum(), rtol=1e-5)
+
+
 def test_same_answers_on_a_trained_network():
     """Handwritten digits: the packed network answers as the fake-quantized one."""
     import optax
