@@ -24,7 +24,10 @@ def command(workdir, cache_dir, *overrides, config=TINY):
 def start(workdir, cache_dir, *overrides, devices=1, config=TINY):
     """A run in a process of its own, with so many CPU devices."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    env["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=1"
+    )
     return subprocess.Popen(
         command(workdir, cache_dir, *overrides, config=config),
         cwd=REPO,
