@@ -13,6 +13,7 @@ several axes and is held as one packed axis, its entries in row-major order.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -98,7 +99,7 @@ class Live:
 
     def keep_of(self, axes: Sequence[int]) -> np.ndarray:
         """bool over some axes (whole blocks of them): False where any block is dead."""
-        keep = np.ones([self.shape[a] for a in axes], bool)
+        keep = all_kept([self.shape[a] for a in axes])
         for d in self.dead:
             if d.axes[0] in axes:
                 keep = keep & spread(d.keep, d.axes, axes)
@@ -106,7 +107,7 @@ class Live:
 
     def zero_at(self, axes: Sequence[int]) -> np.ndarray:
         """bool over some axes: True where entries are dead and known to be zero."""
-        zero = np.zeros([self.shape[a] for a in axes], bool)
+        zero = ~all_kept([self.shape[a] for a in axes])
         for d in self.dead:
             if d.axes[0] in axes and d.is_zero:
                 zero = zero | ~spread(d.keep, d.axes, axes)
@@ -124,6 +125,20 @@ def spread(array: np.ndarray, axes: Sequence[int], over: Sequence[int]) -> np.nd
     """An array over some axes, with size 1 on the other axes of a larger set."""
     sizes = dict(zip(axes, array.shape, strict=True))
     return array.reshape([sizes.get(a, 1) for a in over])
+
+
+def symbolic(n: Any) -> bool:
+    """Is the length of an axis a name ("b") and no number? Then none of it is dead."""
+    return not isinstance(n, int | np.integer)
+
+
+def all_kept(shape: Sequence[Any]) -> np.ndarray:
+    """A keep with nothing dead; an axis of symbolic length has one entry in it.
+
+    >>> all_kept([2]).tolist()
+    [True, True]
+    """
+    return np.ones([1 if symbolic(n) else n for n in shape], bool)
 
 
 def scalar(value: Any, dtype: Any) -> Any:
@@ -163,6 +178,8 @@ def bind_with(eqn: Any, values: Sequence[Any], **changes: Any) -> list[Any]:
 def take(arr: Any, axis: int, idx: np.ndarray) -> Any:
     """Entries of one physical axis, at known positions."""
     n = arr.shape[axis]
+    if symbolic(n):
+        raise NeedFull("entries of an axis of symbolic length")
     if len(idx) == n and (idx == np.arange(n)).all():
         return arr
     if len(idx) == 0 or (np.diff(idx) == 1).all():
@@ -215,6 +232,8 @@ def merge_units(
     if all(arr.shape[i] == 1 for i in mine) and (rep or v.flat_on(axes)):
         kept = [n for i, n in enumerate(arr.shape) if i not in mine[1:]]
         return arr.reshape(kept), merged
+    if any(symbolic(v.shape[a]) for a in axes):
+        return (arr if len(mine) == 1 else _join(v, arr, units, mine)), merged
     own = v.keep_of(axes)
     if len(mine) == 1:
         return take(arr, mine[0], positions(own, wanted)), merged
@@ -235,6 +254,17 @@ def merge_units(
     arr = arr.reshape(*arr.shape[:first], length, *arr.shape[first + len(mine) :])
     rank = np.argsort(full.ravel(), kind="stable")
     return take(arr, first, rank[positions(own, wanted)]), merged
+
+
+def _join(v: Live, arr: Any, units: Sequence[Unit], mine: Sequence[int]) -> Any:
+    """Neighbouring axes without dead entries as one, whatever their lengths."""
+    axes = [a for i in mine for a in units[i]]
+    if v.touching(axes) or list(mine) != list(range(mine[0], mine[-1] + 1)):
+        raise NeedFull("channels mixed with an axis of symbolic length")
+    sizes = [v.shape[u[0]] if i in mine else arr.shape[i] for i, u in enumerate(units)]
+    joined = math.prod(sizes[i] for i in mine)
+    sizes[mine[0] : mine[-1] + 1], before = [joined], tuple(sizes)
+    return jnp.broadcast_to(arr, before).reshape(sizes)
 
 
 def _strides(shape: Sequence[int]) -> list[int]:

@@ -101,7 +101,7 @@ def _tangent_of(v: Live, data: Any, dead: Sequence[Dead]) -> Live:
 
 def _derived_jvp(eqn: Any, crossing: Crossing, primals: Any, tangents: Any):
     """The derivative rule of the full operation, evaluated on live values."""
-    specs = [a.aval for a in eqn.invars]
+    specs = [a.aval for a in eqn.invars]  # whole: shard_map has its axes in them
     real = [i for i, s in enumerate(specs) if jnp.issubdtype(s.dtype, jnp.inexact)]
 
     def at_full_size(values: Any, moves: Any) -> Any:
@@ -110,8 +110,7 @@ def _derived_jvp(eqn: Any, crossing: Crossing, primals: Any, tangents: Any):
             all_moves[i] = t
         return jax.jvp(lambda *a: trace.bind(eqn, a), tuple(values), tuple(all_moves))
 
-    arrays = [jax.ShapeDtypeStruct(s.shape, s.dtype) for s in specs]
-    jaxpr = jax.make_jaxpr(at_full_size)(arrays, [arrays[i] for i in real])
+    jaxpr = jax.make_jaxpr(at_full_size)(specs, [specs[i] for i in real])
     values = crossing.rebuild(primals)
     moves = []
     it = iter(tangents)
@@ -175,7 +174,7 @@ def custom_vjp(eqn: Any, ins: Sequence[Live]) -> list[Live]:
     crossing = Crossing([spell_out(v) for v in ins])
     if any(is_array(d.rep) for v in crossing.values for d in v.dead):
         crossing = Crossing([plain(full(v)) for v in ins])
-    specs = [jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in eqn.invars]
+    specs = [a.aval for a in eqn.invars]
     real = [i for i, s in enumerate(specs) if jnp.issubdtype(s.dtype, jnp.inexact)]
     shape: list[Crossing] = []
 
@@ -201,8 +200,7 @@ def custom_vjp(eqn: Any, ins: Sequence[Live]) -> list[Live]:
 
     def bwd(arrays: Any, cotangents: Any) -> Any:
         outs = shape[0].values
-        full_outs = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in outs]
-        jaxpr = jax.make_jaxpr(at_full_size)(specs, full_outs)
+        jaxpr = jax.make_jaxpr(at_full_size)(specs, [o.aval for o in eqn.outvars])
         values = crossing.rebuild(arrays)
         moved = []
         for v, c in zip(outs, cotangents, strict=True):
@@ -276,8 +274,11 @@ def scan(eqn: Any, ins: Sequence[Live]) -> list[Live]:
         outs[:] = run(consts_, carry_, xs_)
         return [v.data for v in outs]
 
+    layer_specs = [
+        a.aval.update(shape=v.data.shape[1:])
+        for a, v in zip(body.invars[nc + nk :], xs, strict=True)
+    ]
     for attempt in range(nk + 2):
-        layer_specs = [jax.ShapeDtypeStruct(v.data.shape[1:], v.data.dtype) for v in xs]
         jax.eval_shape(probe, consts.arrays(), [v.data for v in carry], layer_specs)
         pairs = list(zip(carry, outs[:nk], strict=True))
         small = [_start_small(v, o) for v, o in pairs] if attempt == 0 else carry

@@ -18,6 +18,7 @@ from compressjax.core.label_blocks import closure
 from compressjax.prune._live import (
     Dead,
     Live,
+    all_kept,
     expand,
     is_array,
     merge_units,
@@ -116,7 +117,7 @@ class Meeting:
         self.units = closure(sets)
         self.blocks: list[tuple[tuple[int, ...], np.ndarray]] = []
         for axes in self.units:
-            keep = np.ones([shape[a] for a in axes], bool)
+            keep = all_kept([shape[a] for a in axes])
             for v in ranked:
                 if v.touching(axes):
                     keep = keep & v.keep_of(axes)

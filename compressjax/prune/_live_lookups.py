@@ -18,6 +18,7 @@ from compressjax.prune._live import (
     is_array,
     map_rep,
     spell_out,
+    symbolic,
     take,
 )
 
@@ -71,6 +72,8 @@ def static_take(v: Live, where: Live, d: Any, sizes: Any) -> np.ndarray | None:
     axis = d.start_index_map[0]
     whole = all(sizes[a] == n for a, n in enumerate(v.shape) if a != axis)
     places = idx[:, 0]
+    if symbolic(v.shape[axis]):
+        return None
     inside = places.size and places.min() >= 0 and places.max() < v.shape[axis]
     return places if whole and inside and not d.operand_batching_dims else None
 
@@ -108,8 +111,13 @@ def dynamic_slice(eqn: Any, ins: Sequence[Live]) -> list[Live]:
     if all(s.known is not None for s in starts):
         cuts = []
         for n, size, s in zip(v.shape, sizes, starts, strict=True):
+            if size == n:
+                cuts.append(slice(None))
+                continue
+            if symbolic(n):
+                raise NeedFull("a slice of an axis of symbolic length")
             at = int(np.clip(int(s.known), 0, n - size))
-            cuts.append(slice(None) if size == n else slice(at, at + size))
+            cuts.append(slice(at, at + size))
         return [movement.index(v, cuts)]
     cut = [a for a, n in enumerate(v.shape) if sizes[a] != n]
     v = spell_out(expand(v, cut), cut)

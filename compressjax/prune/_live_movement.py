@@ -20,6 +20,7 @@ from compressjax.prune._live import (
     merge_units,
     plain,
     spell_out,
+    symbolic,
     take,
     unpack,
 )
@@ -55,10 +56,11 @@ def broadcast_in_dim(eqn: Any, ins: Sequence[Live]) -> list[Live]:
     uniform |= {a for a, n in enumerate(shape) if n != 1 and a not in taken}
     uniform |= {moved[a] for a in range(v.ndim) if v.shape[a] != shape[moved[a]]}
     known = None
-    if v.known is not None and np.prod(shape, initial=1) <= 1 << 16:
+    small = not any(map(symbolic, shape)) and np.prod(shape, initial=1) <= 1 << 16
+    if v.known is not None and small:
         sizes = {moved[a]: v.shape[a] for a in range(v.ndim)}
-        small = v.known.reshape([sizes.get(a, 1) for a in range(len(shape))])
-        known = np.broadcast_to(small, shape)
+        spread = v.known.reshape([sizes.get(a, 1) for a in range(len(shape))])
+        known = np.broadcast_to(spread, shape)
     return [Live(move(v.data), shape, dead, uniform, v.const, known)]
 
 
@@ -82,7 +84,10 @@ def reshape(eqn: Any, ins: Sequence[Live]) -> list[Live]:
     v = spell_out(v, [a for o in flat for a in o])
     wanted = {o: v.keep_of(o) for o, _ in groups}
     merging = {o: n for o, n in groups if set(o) & set(nontrivial)}
-    layout = [tuple(n) for _, n in groups]
+    # Runs of axes with a symbolic length: none of their entries may be dead.
+    open_ = [n for o, n in groups if o in merging and _open(v, o)]
+    layout = [(a,) for n in open_ for a in n]
+    layout += [n for _, n in groups if n not in open_]
     ones = [a for a, n in enumerate(shape) if n == 1]
 
     def move(arr: Any, rep: bool) -> Any:
@@ -100,6 +105,9 @@ def reshape(eqn: Any, ins: Sequence[Live]) -> list[Live]:
         new_units = [order[i][1] for i in kept]
         rank = sorted(range(len(new_units)), key=lambda i: new_units[i] or ())
         arr = lax.transpose(arr, rank)
+        for n in open_:
+            one = sizes.pop(n) == 1
+            sizes |= {(a,): 1 if one else shape[a] for a in n}
         final = sorted([*layout, *((a,) for a in ones)])
         return arr.reshape([sizes.get(u, 1) for u in final])
 
@@ -114,6 +122,8 @@ def reshape(eqn: Any, ins: Sequence[Live]) -> list[Live]:
             continue
         if v.flat_on(old):
             uniform |= {a for a in new if shape[a] != 1}
+        if new in open_:
+            continue
         keep = wanted[old].reshape([shape[a] for a in new])
         rep = same_rep([d.rep for d in inside]) if inside else None
         if len(inside) == 1 and is_array(inside[0].rep):
@@ -130,6 +140,13 @@ def reshape(eqn: Any, ins: Sequence[Live]) -> list[Live]:
     if v.known is not None:
         out.known = v.known.reshape(shape)
     return [out]
+
+
+def _open(v: Live, axes: Sequence[int]) -> bool:
+    found = any(symbolic(v.shape[a]) for a in axes)
+    if found and v.touching(axes):
+        raise NeedFull("channels mixed with an axis of symbolic length")
+    return found
 
 
 def _rep(move: Callable[[Any, bool], Any]) -> Callable[[Any], Any]:
@@ -191,8 +208,12 @@ def transpose(eqn: Any, ins: Sequence[Live]) -> list[Live]:
 
 def index(v: Live, cuts: Sequence[slice]) -> Live:
     """Static slices (any stride), axis by axis."""
-    shape = tuple(len(range(n)[s]) for n, s in zip(v.shape, cuts, strict=True))
     cut = [a for a in range(v.ndim) if cuts[a] != slice(None)]
+    if any(symbolic(v.shape[a]) for a in cut):
+        raise NeedFull("entries of an axis of symbolic length")
+    shape = tuple(
+        len(range(n)[cuts[a]]) if a in cut else n for a, n in enumerate(v.shape)
+    )
     units = v.units()
     idx: dict[int, np.ndarray] = {}
     keeps: dict[tuple[int, ...], np.ndarray] = {}

@@ -23,6 +23,7 @@ from compressjax.prune._live import (
     positions,
     scalar,
     spell_out,
+    symbolic,
     take,
     unpack,
 )
@@ -79,14 +80,16 @@ def reduction(kind: str) -> Callable[[Any, Sequence[Live]], list[Live]]:
             rep = None
             at = units.index(d.axes)
             corner_zero = all(i.is_zero for i in inside)
-            if d.rep is not None and not is_array(d.rep):
-                n = int(np.prod([v.shape[a] for a in gone], initial=1))
+            constant = d.rep is not None and not is_array(d.rep)
+            lengths = [v.shape[a] for a in gone] if not d.is_zero else []
+            if constant and not (kind == "sum" and any(map(symbolic, lengths))):
                 rep = d.rep
                 if kind == "sum":
+                    n = int(np.prod(lengths, initial=1))
                     rep = scalar(np.asarray(d.rep, np.float64) * n, out_dtype)
                     if np.dtype(out_dtype).kind in "iub":
                         rep = scalar(int(d.rep) * n, out_dtype)
-            elif is_array(d.rep) and corner_zero:
+            elif d.rep is not None and corner_zero:
                 # Where both are dead the value is the zero of the block inside.
                 arr = spread(d.rep, [at])
                 rep = reduce(arr)

@@ -267,3 +267,76 @@ def test_refusals():
         small.apply_fn(model.variables, x)
     with pytest.raises(errors.StructureChangedError, match="prune.groups"):
         prune.shrink(keep)(small)
+
+
+def scanned_relu6(x):
+    def layer(h, s):
+        return jax.nn.relu6(h * s), None
+
+    return jax.lax.scan(layer, x, jnp.array([1.5, 0.5]))[0]
+
+
+@pytest.mark.parametrize("act", [jax.nn.relu, jax.nn.relu6, scanned_relu6])
+def test_gradients_inside_shard_map(act):
+    rng = np.random.default_rng(1)
+    w = {"a": rng.normal(size=(3, 8)), "b": rng.normal(size=(8, 2))}
+    w, x = jax.tree.map(jnp.float32, (w, rng.normal(size=(4, 3))))
+    model = cj.from_function(lambda p, x: act(x @ p["a"]) @ p["b"], w, x)
+    small = prune.shrink({"params/a": [0, 2, 3, 7]})(model)
+
+    def loss(v, x):
+        return (small.apply_fn(v, x) ** 2).sum()
+
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    sharded = jax.shard_map(
+        jax.grad(lambda v, x: jax.lax.psum(loss(v, x), "d")),
+        mesh=mesh,
+        in_specs=(P(), P("d")),
+        out_specs=P(),
+    )
+    got, want = jax.jit(sharded)(small.variables, x), jax.grad(loss)(small.variables, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
+
+
+def exported(model, *sizes):
+    """(exported output, the Model's), for each batch size, of one export with "b"."""
+    call = jax.export.deserialize(bytearray(cj.deploy.export(model, "b"))).call
+    (spec,) = model.inputs
+    for n in sizes:
+        x = jax.random.normal(jax.random.key(n), (n, *spec.shape[1:]), spec.dtype)
+        yield law.run(call, x), law.run(model.apply_fn, model.variables, x)
+
+
+def test_any_batch_size():
+    small = setting()[2]  # convolutions, BN, a residual, a mean, a dense head
+    for got, want in exported(small, 1, 3):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def tokens_flat(h):  # the batch in one axis with the tokens, and out of it again
+    return jax.nn.relu(h.reshape(-1, h.shape[-1])).reshape(h.shape)
+
+
+def over_the_batch(h):  # dead entries with a value, summed over an unknown number
+    return jnp.exp(h) - jnp.exp(h).mean(0, keepdims=True)
+
+
+@pytest.mark.parametrize("part", [tokens_flat, over_the_batch])
+def test_any_batch_size_of_tokens(part):
+    rng = np.random.default_rng(2)
+    w = {"a": rng.normal(size=(3, 8)), "b": rng.normal(size=(8, 2))}
+    w, x = jax.tree.map(jnp.float32, (w, rng.normal(size=(2, 5, 3))))
+    model = cj.from_function(lambda p, x: part(x @ p["a"]) @ p["b"], w, x)
+    small = prune.shrink(law.random_keep(law.prunable(model), rng))(model)
+    assert small.variables["params"]["a"].shape[1] < 8
+    for got, want in exported(small, 1, 3):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_any_batch_size_of_attention(x64):
+    rng = np.random.default_rng(0)
+    model = law.model_of(*NETS["dense_general_qkv"](rng))
+    small = prune.shrink(law.random_keep(law.prunable(model), rng))(model)
+    for got, want in exported(small, 1, 3):
+        np.testing.assert_allclose(got, want, rtol=1e-9)
