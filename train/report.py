@@ -240,7 +240,8 @@ def variants(stage: dict[str, Any]) -> list[dict[str, Any]]:
                 cell[name] = against["median"] / cell["seconds"] if against else None
             cells.append(cell)
         if cells:
-            table.append({"name": stage["name"] + suffix, "cells": cells})
+            mark = "*" if stage.get("simulated") else ""
+            table.append({"name": stage["name"] + suffix + mark, "cells": cells})
     return table
 
 
@@ -285,7 +286,8 @@ def notes(found: dict[str, Any]) -> list[str]:
     if names:
         lines.append(
             f"* {', '.join(names)}: quantization is simulated; the weights are still "
-            "float on disk. deploy.integer stores them as integers."
+            "float on disk, and the latency is that of float arithmetic with rounding. "
+            "deploy.integer makes integers of both."
         )
     return lines
 

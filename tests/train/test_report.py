@@ -152,6 +152,7 @@ def test_bytes_are_named(found, capsys):
         assert "weights at their bits" in where and "saved files" in where
         assert '"weights at their bits": the numbers of the network alone' in where
         assert '"int8": quantization is simulated; the weights are still float' in where
+        assert "int8*" in where
         size = report.amount(data["stages"][1]["disk_bytes"], "B")
         assert f"{size}*" in where
     # The first thing the page says of bytes names the ratio, and the other one too.
