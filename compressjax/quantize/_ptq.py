@@ -78,7 +78,8 @@ def ptq(
 
     Args:
       batches: a re-iterable of input tuples, preprocessed as in evaluation.
-      bits: word length, or (weight bits, input bits).
+      bits: word length, or (weight bits, input bits). 32 is "off" up to float32
+        round-off, but inputs beyond the calibrated range are still clipped.
       observer: of inputs; default `observers.minmax()` from 8 bits up,
         `observers.mse()` below.
       weight_observer: of weights; default `observers.minmax()` above 4 bits,
@@ -86,8 +87,9 @@ def ptq(
       where: a glob over the sites to quantize (all are fused).
       overrides: {glob: bits, (weight bits, input bits), None for float, or quantizers
         as in `insert`}.
-      ends: the first and the last layer have at least so many bits, unless an override
-        says otherwise; None leaves them at `bits`.
+      ends: the first and the last layer of the network have at least so many bits,
+        unless an override says otherwise or `where` leaves them in float; None leaves
+        them at `bits`.
       equalize: even out the ranges of neighbouring layers; "absorb" moves high biases
         too. A network without chains is left as it is, and the report says so.
       rounding: "learned" is `learn_rounding(batches, key=key)`, layer by layer; give
@@ -233,20 +235,20 @@ def _ends(
     ends: int | None,
     overrides: Mapping[str, Any],
 ) -> dict[str, tuple[int, int]]:
-    """{first and last layer: their bits}, where `least` is fewer than `ends`."""
+    """{first and last layer: their bits}, where `least` is fewer than `ends`.
+
+    They are the ends of the network; one that `where` leaves in float is none of these.
+    """
     if ends is None or min(_golden.pair(least)) >= ends:
         return {}
     w, x = _golden.pair(bits)
     found = rewrite.Rewriter(model, where)
-    layers = [
-        s.name
-        for s in found.found.sites
-        if s.leaf is not None and s.name in found.names
-    ]
+    layers = [s.name for s in found.found.sites if s.leaf is not None]
     return {
         name: (max(w, ends), max(x, ends))
         for name in (*layers[:1], *layers[-1:])
-        if not any(trees.matches(glob, name) for glob in overrides)
+        if name in found.names
+        and not any(trees.matches(glob, name) for glob in overrides)
     }
 
 

@@ -107,9 +107,10 @@ def ends_net(p, x):
         ({"ends": 6}, [(6, 6), (4, 4), (6, 6)]),
         ({"overrides": {"a": (2, 4)}}, [(2, 4), (4, 4), (8, 8)]),
         ({"overrides": {"c": None}}, [(8, 8), (4, 4), None]),
-        ({"where": "{b,c}"}, [None, (8, 8), (8, 8)]),
+        ({"where": "{b,c}"}, [None, (4, 4), (8, 8)]),
+        ({"where": "b"}, [None, (4, 4), None]),
     ],
-    ids=["off", "six", "override", "float", "where"],
+    ids=["off", "six", "override", "float", "where", "inner"],
 )
 def test_ends(how, want):
     p = {k: jnp.eye(3) * (i + 1) for i, k in enumerate("abc")}
@@ -129,6 +130,15 @@ def test_eight_bits_are_what_they_were(digits):
     )(digits.model)
     jax.tree.map(np.testing.assert_array_equal, q.variables, parts.variables)
     assert not [r for r in q.report if r.transform == "quantize.ptq"]
+
+
+def test_32_bits_are_off(digits):
+    """Rule 0: what is left, on calibrated values, is the rounding of float32."""
+    q = ptq(digits.batches, 32)(digits.model)
+    for (x,) in map(cj.quantize._calibrate.as_inputs, digits.batches):
+        y, z = digits.model(x), q(x)
+        assert float(jnp.mean((z - y) ** 2) / jnp.mean(y**2)) < 1e-10
+        assert bool((z.argmax(-1) == y.argmax(-1)).all())
 
 
 # -- options ------------------------------------------------------------------
