@@ -91,6 +91,13 @@ def test_against_numpy(bits, symmetric, signed, narrow):
     assert float(q.apply(state, jnp.zeros(()))) == 0
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_32_unsigned_bits_are_off(key, symmetric):
+    x = jax.random.uniform(key, (100,)) - (0.0 if symmetric else 0.5)
+    q = uniform(32, symmetric=symmetric, signed=False)
+    np.testing.assert_allclose(q.apply(q.init(x), x), x, atol=1e-6)
+
+
 def test_ties_are_exact_on_a_grid_of_powers_of_two():
     q = uniform(8)
     x = jnp.arange(-254, 255) / 4.0  # max 63.5 = 127 / 2: s = 0.5, every other a tie
