@@ -47,6 +47,7 @@ from compressjax.core.model import (
     zeros_like_spec,
 )
 from compressjax.core.sites import Site
+from compressjax.merge import fuse
 from compressjax.quantize import _moments
 
 NAME, COLLECTION = "quantize.correct_bias", "bias_correction"
@@ -101,7 +102,8 @@ def correct_bias(
 
     Returns:
       Model -> Model with the collection "bias_correction", and a row of the report for
-      each site left out.
+      each site left out. One more row has the path "": the largest error of a mean that
+      is left, over the rms of the output; for "analytic" the largest correction.
 
     Raises:
       NoMatchError: if `where`, or a glob of `means`, matches no site.
@@ -116,10 +118,17 @@ def correct_bias(
     >>> q(x)[0].round(4).tolist(), c(x)[0].round(4).tolist()
     ([1.0], [1.2999999523162842])
     """
-    if method not in METHODS:
-        raise ValueError(f'method="{method}" is not one of {METHODS}.')
+    check_method(method)
     if means and method != "analytic":
         raise ValueError('`means` are for method="analytic".')
+    if batches is not None:
+        several = "The empirical correction" if method == "empirical" else None
+        _moments.check_batches(batches, passes=several)
+    elif method == "empirical":
+        raise ValueError(
+            'batches=None is for method="analytic" with `means`; the empirical '
+            "correction measures on them. Give a list of input tuples: [(x,), ...]."
+        )
 
     def transform(model: Model) -> Model:
         float_model = _bypassed(model) if reference is None else reference
@@ -129,13 +138,21 @@ def correct_bias(
         bare = _corrected(model, [s.name for s in sites], where, method, rows)
         _check_sites(float_model, sites)
         if method == "analytic":
-            c = _analytic(model, float_model, batches, sites, means or {})
+            c, more = _analytic(model, float_model, batches, sites, means or {})
         else:
             c, more = _empirical(bare, name, float_model, batches, sites)
-            bare = bare.replace(report=(*bare.report, *more))
+        bare = bare.replace(report=(*bare.report, *more))
         return bare.replace(variables={**bare.variables, name: c})
 
     return transform
+
+
+def check_method(method: Any, name: str = "method") -> None:
+    """Raises ValueError for an unknown method."""
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(
+            f'{name}={method!r} is no method. Give "empirical" or "analytic".'
+        )
 
 
 def replay(step: Step) -> Transform:
@@ -271,7 +288,7 @@ def _means_step(model: Model, names: set[str], *, square: bool):
 
 def _analytic(
     model: Model, float_model: Model, batches: Any, sites: list[Site], means: Any
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[Row]]:
     names = [s.name for s in sites]
     given: dict[str, Any] = {}
     for glob, value in means.items():
@@ -310,10 +327,13 @@ def _analytic(
             return {n: new[n] for n in read}
 
         outs.append(jax.jit(run)(m.variables, zeros_like_spec(m.inputs), read))
-    return {
+    c = {
         n: (outs[0][n] - outs[1][n]).reshape(_moments.channel_shape(s))
         for n, s in ((s.name, s) for s in sites)
     }
+    largest = max(float(jnp.abs(x).max()) for x in c.values())
+    why = f"the largest correction of {len(c)} sites; what is left is not measured"
+    return c, [Row(NAME, "", "analytic", largest, why)]
 
 
 def _shared_axes(site: Site) -> tuple[int, ...]:
@@ -372,10 +392,12 @@ def _inputs_step(model: Model, names: set[str]):
 
 def _check_reference(model: Model, reference: Model, given: bool) -> None:
     n = len(reference.history)
-    later = [s.name for s in model.history[n:]]
     if not given or model.history[:n] != reference.history:
         return
-    for name in later:
+    for step in model.history[n:]:
+        name = step.name
+        if name == "merge.fuse" and _is_fused(reference, step.settings["where"]):
+            continue
         if name.startswith(("merge.", "prune.", "factor.")) or name.endswith(
             "equalize"
         ):
@@ -385,6 +407,13 @@ def _check_reference(model: Model, reference: Model, given: bool) -> None:
                 operation=NAME,
                 remedy=f"Pass the float network after {name}, or no reference.",
             )
+
+
+def _is_fused(reference: Model, where: str) -> bool:
+    """True if fusing the reference again leaves all its variables as they are."""
+    again = fuse(where)(reference)
+    old, new = trees.flat(reference.variables), trees.flat(again.variables)
+    return old.keys() == new.keys() and all(np.array_equal(old[k], new[k]) for k in old)
 
 
 def _check_sites(reference: Model, sites: list[Site]) -> None:

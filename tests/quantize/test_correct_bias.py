@@ -223,3 +223,50 @@ def test_refusals():
         fix()(corrected())
     with pytest.raises(ValueError, match="method"):
         fix(method="guess")
+
+
+def test_a_reference_that_is_fused_already():
+    """ptq adds a fuse that finds nothing to do: the outputs of the sites agree."""
+    w = {k: jax.random.normal(jax.random.key(i), (4, 4)) for i, k in enumerate("ab")}
+    w["bias"], w["scale"] = jnp.ones((1, 4)), jnp.full((1, 4), 1.1)
+    x = jax.random.normal(jax.random.key(2), (16, 4))
+
+    def net(p, x):
+        return jax.nn.relu(x @ p["a"] * p["scale"] + p["bias"]) @ p["b"]
+
+    m = cj.from_function(net, w, x)
+    fused = cj.merge.fuse()(m)
+    q = cj.quantize.ptq([x], 4)(fused)
+    c = cj.quantize.correct_bias([x], reference=fused)(q)
+    np.testing.assert_allclose(c(x).mean(0), m(x).mean(0), atol=1e-5)
+
+
+def test_a_reference_before_a_fuse_that_changed_it_is_refused():
+    w = {"w": jnp.eye(2), "scale": jnp.array([[2.0, 3.0]])}
+    x = jnp.arange(8.0).reshape(4, 2)
+    m = cj.from_function(lambda p, x: (x @ p["w"]) * p["scale"], w, x)
+    q = cj.quantize.ptq([x], 4)(m)
+    with pytest.raises(errors.RefusedError, match="before .merge.fuse"):
+        cj.quantize.correct_bias([x], reference=m)(q)
+
+
+def test_the_analytic_correction_has_a_row():
+    x = jnp.ones((4, 2))
+    m = cj.from_function(lambda p, x: x @ p, jnp.array([[0.3], [1.0]]), x)
+    q = cj.quantize.ptq([x], (2, 8), correct_bias="analytic")(m)
+    (row,) = (r for r in q.report if r.transform == "quantize.correct_bias")
+    (c,) = jax.tree.leaves(q.variables["bias_correction"])
+    assert row.requested == "analytic" and row.achieved == float(jnp.abs(c).max())
+    assert "not measured" in row.reason
+
+
+def test_iterators_and_arrays_are_refused():
+    fix = cj.quantize.correct_bias
+    with pytest.raises(TypeError, match="generator.*exhausted: give a list"):
+        fix(b for b in BATCHES)
+    with pytest.raises(TypeError, match="one array"):
+        fix(jnp.ones((4, 2)))
+    with pytest.raises(ValueError, match="batches=None"):
+        fix(None)
+    with pytest.raises(ValueError, match="bogus"):
+        fix(BATCHES, method="bogus")
