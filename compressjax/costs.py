@@ -5,10 +5,11 @@
     macs     multiply-accumulates of convolutions, dense layers and products of two
              activations (attention); a weight that a mask removes costs nothing
     bops     sum over the sites of macs * weight bits * input bits
-    bytes    the variables as saved: a float weight of a site at its bits, as
-             `deploy.integer` will pack it (`core.packing`); codes, packed words,
-             scales, biases and statistics in their own type; masks at one bit; random
-             streams do not count
+    bytes    the variables that evaluation reads: a float weight of a site at its bits,
+             as `deploy.integer` will pack it (`core.packing`); codes, packed words,
+             scales, biases and statistics in their own type; masks at one bit. What
+             quantizers have observed, counters of training and random streams do not
+             count
 
 Everything is read from the trace and from the Model: bits from `Model.bits`, masks from
 the collection "masks", integer codes from the type of the leaf; a row of uint8 holds
@@ -110,7 +111,7 @@ def count(model: Model, **kwargs: Any) -> Costs:
     """
     counted, found = _sites_of_one_example(expect(model), kwargs)
     leaves = trees.flat(model.variables)
-    kept = _kept(leaves)
+    kept, unread = _kept(leaves), _unread(model.variables)
     given = {_tail(name): bits for name, bits in model.bits.items()}
     integer = any(_is_integer(leaves[s.leaf].dtype) for s in found.sites if s.leaf)
     quantized = integer or any(w < 32 or x < 32 for w, x in model.bits.values())
@@ -173,7 +174,7 @@ def count(model: Model, **kwargs: Any) -> Costs:
         bytes=sum(
             packing.n_bytes(math.prod(leaf.shape), stored.get(path, _width(leaf.dtype)))
             for path, leaf in leaves.items()
-            if not path.startswith("rngs/")
+            if not path.startswith("rngs/") and path not in unread
         ),
         rows=tuple(rows),
     )
@@ -274,6 +275,29 @@ def _kept(leaves: Mapping[str, Any]) -> dict[str, int]:
         mask = np.broadcast_to(np.asarray(mask), leaves[leaf].shape)
         masks[leaf] = masks.get(leaf, True) & mask
     return {path: int(mask.sum()) for path, mask in masks.items()}
+
+
+def _unread(variables: Any) -> frozenset[str]:
+    """Paths of what only calibration and training read: observers and counters.
+
+    >>> state = {"inputs": {"observer": {"hi": 1.0}, "scale": 0.1}}
+    >>> sorted(_unread({"quantize_state": {"observer/kernel": state}}))
+    ['quantize_state/observer/kernel/inputs/observer/hi']
+    """
+    paths: set[str] = set()
+    for name, collection in variables.items() if isinstance(variables, Mapping) else ():
+        if re.fullmatch(r"quantize_schedule(_\d+)?", name):
+            paths.update(f"{name}/{path}" for path in trees.flat(collection))
+        if not re.fullmatch(r"quantize(_state)?(_\d+)?", name):
+            continue
+        for site, roles in collection.items():
+            for role, state in roles.items():
+                paths.update(
+                    f"{name}/{site}/{role}/{path}"
+                    for path in trees.flat(state)
+                    if not {"observer", "watch", "progress"}.isdisjoint(path.split("/"))
+                )
+    return frozenset(paths)
 
 
 class Report(jupyter.JupyterMixin):

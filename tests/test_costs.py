@@ -522,3 +522,19 @@ def test_counts_are_plain_integers():
     counted = costs.count(masked(np.ones((1, 6), bool)))
     for n in (counted.params, counted.macs, counted.bops, counted.bytes):
         assert type(n) is int
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_bytes_of_fake_and_packed_weights_differ_by_their_scales(bits):
+    """Histograms of calibration do not count. Per site and channel there are at most a
+    scale and a zero before, a multiplier, a sum and a requantization scale after."""
+    x = jnp.linspace(-1, 1, 2 * 8).reshape(2, 8)
+    w = jnp.linspace(-1, 1, 8 * 32).reshape(8, 32)
+    weights = cj.quantize.uniform(bits)
+    inputs = cj.quantize.uniform(bits, observer=cj.quantize.observers.mse())
+    model = cj.from_function(lambda w, x: x @ w, w, x)
+    fake = cj.quantize.insert(weights, inputs, batches=[x])(model)
+    packed = cj.deploy.integer(tune=False)(fake)
+    got = costs.count(fake).bytes
+    assert got == 8 * 32 * bits // 8 + 4 * 2 * (32 + 1)  # a scale and a zero, each
+    assert abs(got - costs.count(packed).bytes) <= 4 * 2 * (32 + 1)

@@ -44,7 +44,8 @@ SHARPNESS = 5.0  # b of the swish
 
 
 def binary(
-    gradient: str = "clipped",
+    bits: int | str = 1,
+    gradient: str | None = "clipped",
     scale: str | None = "mean",
     *,
     per_channel: bool = True,
@@ -54,6 +55,7 @@ def binary(
     """A quantizer to one bit.
 
     Args:
+      bits: 1, or left out: ``binary(gradient, scale)``.
       gradient: one of those above.
       scale: "mean", "power_of_two", or None for inputs.
       per_channel: an alpha for each output channel.
@@ -65,15 +67,24 @@ def binary(
       are -1 and +1, and it is marked with the range -1..1.
 
     Raises:
-      ValueError: for an unknown name; by `init`, for an input with a scale.
+      ValueError: for other bits or an unknown name; by `init`, for an input with a
+        scale.
 
-    >>> q = binary("bireal")
+    >>> q = binary(1, "bireal")
     >>> w = jnp.array([-3.0, 0.0, 0.5, 0.5])
     >>> q.apply(q.init(w), w).tolist()
     [-1.0, 1.0, 1.0, 1.0]
     >>> jax.grad(lambda w: q.apply(q.init(w), w).sum())(w).tolist()
     [0.0, 2.0, 1.0, 1.0]
     """
+    if isinstance(bits, str):  # binary(gradient, scale)
+        scale = scale if gradient == "clipped" else gradient
+        bits, gradient = 1, bits
+    if isinstance(bits, bool) or bits != 1:
+        raise ValueError(
+            f"bits={bits!r}: a sign is bits=1. For more levels there are ternary(2) "
+            "and least_squares(bits)."
+        )
     if gradient not in GRADIENTS or scale not in SCALES:
         raise ValueError(
             f"gradient={gradient!r}, scale={scale!r}: give one of {GRADIENTS} and one "
@@ -104,7 +115,7 @@ def binary(
             return state
         if isinstance(x, jax.ShapeDtypeStruct):
             raise ValueError(
-                f'scale="{scale}" for an input. Give inputs binary(gradient, None).'
+                f'scale="{scale}" for an input. Give inputs binary(1, gradient, None).'
             )
         axes = _quantizer.channel_axes(channel_axis, x.ndim) if per_channel else ()
         shape = tuple(n if a in axes else 1 for a, n in enumerate(x.shape))

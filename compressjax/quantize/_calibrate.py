@@ -54,7 +54,7 @@ def calibrate(batches: Iterable[Any]) -> Transform:
         seen = 0
         for batch in batches:
             if seen:
-                states = _filter(states, lambda key: key in (OBSERVER, WATCH))
+                states = unseen(states)
             states = step({**model.variables, **states}, as_inputs(batch))
             seen += 1
         if not seen:
@@ -136,8 +136,7 @@ def _collections(model: Model) -> list[str]:
     names = [
         name
         for name, states in model.variables.items()
-        if _COLLECTION.fullmatch(name)
-        and any(map(_watches, jax.tree.leaves(states, is_leaf=_watches)))
+        if _COLLECTION.fullmatch(name) and waits(states)
     ]
     if not names:
         raise errors.RefusedError(
@@ -146,6 +145,16 @@ def _collections(model: Model) -> list[str]:
             remedy="Insert one: cj.quantize.insert(weights, inputs)(model).",
         )
     return names
+
+
+def waits(states: Any) -> bool:
+    """True if a collection has a state that watches data."""
+    return any(map(_watches, jax.tree.leaves(states, is_leaf=_watches)))
+
+
+def unseen(state: Any) -> Any:
+    """A state as it is before `update`: what it has watched, without what follows."""
+    return _filter(state, lambda key: key in (OBSERVER, WATCH))
 
 
 def _observe(model: Model, names: list[str]):

@@ -11,9 +11,10 @@ activations has both operands quantized by the input quantizer.
 The states lie in the collections "quantize" (trained steps) and "quantize_state" (what
 is observed), a second insertion in "quantize_1" and "quantize_state_1", as
 {site: {"weights": state, "inputs": state}}. "weights" is the second operand of a
-product of activations. Inside `scan` the states carry a leading layer axis. A trained
-quantizer that takes its start from data lies in "quantize_state" until `calibrate`
-moves it over. A state without arrays is not stored.
+product of activations. Inside a `scan` over layers the states carry a leading layer
+axis; in a recurrence (one weight, many steps) all steps share one state, and inputs are
+observed over all of them. A trained quantizer that takes its start from data lies in
+"quantize_state" until `calibrate` moves it over. A state without arrays is not stored.
 
 With "quantize_state" in `mutable`:
   - while an input has seen no data, the network runs in float and only observes;
@@ -33,7 +34,9 @@ import jax.numpy as jnp
 from flax.core import scope as flax_scope
 
 from compressjax.core import errors, rewrite, trees
+from compressjax.core import trace as tracing
 from compressjax.core.model import Model, Row, Step, Transform, zeros_like_spec
+from compressjax.core.sites import Site
 from compressjax.quantize import _calibrate, _settings
 from compressjax.quantize._calibrate import OBSERVED, TRAINED
 from compressjax.quantize._quantizer import WATCH, Quantizer
@@ -64,7 +67,8 @@ def insert(
         "second" is the quantizer of the second operand of a product of activations
         (default: that of "inputs").
         The last glob that matches counts.
-      batches: a re-iterable of input tuples to calibrate with at once.
+      batches: a re-iterable of input tuples to calibrate with at once; where no
+        quantizer waits for data they are not read, and the report says so.
 
     Returns:
       Model -> Model with `bits` filled, and a row of the report for each site.
@@ -72,7 +76,8 @@ def insert(
     Raises:
       NoMatchError: if `where` or an override matches no site.
       NotCalibratedError: at a call, while an input quantizer has seen no data.
-      UnsupportedError: if a chosen site lies in a loop that no state comes out of.
+      UnsupportedError: if a chosen site lies in a loop that no state comes out of, or
+        its weight changes from step to step of a recurrence.
 
     >>> w = {"w": jnp.array([[0.3], [1.27]])}
     >>> m = cj.from_function(lambda p, x: x @ p["w"], w, jnp.ones((1, 2)))
@@ -117,7 +122,14 @@ def insert(
             trainable=(*model.trainable, *extra),
             bits={**model.bits, **bits},
         )
-        return out if batches is None else _calibrate.calibrate(batches)(out)
+        if batches is None:
+            return out
+        if _calibrate.waits(observed):
+            return _calibrate.calibrate(batches)(out)
+        row = Row(
+            "quantize.insert", "**", "batches", "not read", "nothing waits for data"
+        )
+        return out.replace(report=(*out.report, row))
 
     return transform
 
@@ -219,14 +231,73 @@ def _initial(rewriter, plan: Mapping[str, Pair], model: Model) -> dict[str, Any]
             ) from error
         return op(x, w), new or None
 
+    recurrent = _recurrent(rewriter)
+
     def states(variables, inputs):
-        return rewriter(rule, {}, variables, inputs, {})[1]
+        new = rewriter(rule, {}, variables, inputs, {})[1]
+        each = {
+            name: _of_one_step(recurrent[name], new[name])
+            for name in recurrent.keys() & new.keys()
+        }
+        firsts = {name: first for name, (first, _) in each.items()}
+        return {**new, **firsts}, {name: same for name, (_, same) in each.items()}
 
     leaves = jax.tree.leaves(model.variables)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
-        return jax.eval_shape(states, model.variables, model.inputs)
+        return jax.eval_shape(states, model.variables, model.inputs)[0]
     # Only weights reach the result: XLA drops the rest of the network.
-    return jax.jit(states)(model.variables, zeros_like_spec(model.inputs))
+    inputs = zeros_like_spec(model.inputs)
+    initial, same = jax.jit(states)(model.variables, inputs)
+    for name, one in same.items():
+        if not tracing.is_tracer(one) and not one:
+            raise errors.UnsupportedError(
+                "its weight changes from step to step of a loop that does not scan "
+                "over weights, and all steps would share its scales.",
+                path=name,
+                operation="quantize.insert",
+                remedy="Let `lax.scan` run over the weights (its xs), or leave the "
+                f'site in float: overrides={{"{name}": None}}, or a narrower `where`.',
+            )
+    return initial
+
+
+def _recurrent(rewriter) -> dict[str, Site]:
+    """The sites that a scan runs many times with one weight."""
+    return {
+        site.name: site
+        for site in rewriter.found.sites
+        if not all(stacked for _, stacked in site.loops)
+    }
+
+
+def _of_one_step(
+    site: Site, states: dict[str, Any]
+) -> tuple[dict[str, Any], jax.Array]:
+    """(the states of the first step of each recurrence, is the weight's always that?)
+
+    Initial states come out of every scan with an axis of its steps.
+    """
+    first = tuple(slice(None) if stacked else slice(1) for _, stacked in site.loops)
+    one = tuple(slice(None) if stacked else 0 for _, stacked in site.loops)
+    fixed = states.get("weights") if site.leaf is not None else None
+    same = [
+        jnp.all((a == a[first]) | jnp.isnan(a[first])) for a in jax.tree.leaves(fixed)
+    ]
+    return jax.tree.map(lambda a: a[one], states), jnp.all(jnp.array([True, *same]))
+
+
+def _completed(q: Quantizer, state: Any, spec: Any, layers: tuple[int, ...]) -> Any:
+    """A state that has seen no data, with zeros for what its first data will add.
+
+    A recurrence hands its states on from step to step in one structure.
+    """
+
+    def of_one_layer(a):
+        return jax.ShapeDtypeStruct(a.shape[len(layers) :], a.dtype)
+
+    after = jax.eval_shape(q.update, jax.tree.map(of_one_layer, state), spec)
+    zeros = jax.tree.map(lambda a: jnp.zeros((*layers, *a.shape), a.dtype), after)
+    return {**zeros, **state}
 
 
 def _fresh_names(variables: Mapping[str, Any]) -> tuple[str, str]:
@@ -342,15 +413,32 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
     trained, observed = made.trained, made.observed
     scheduled = bool(inputs_after) or ranges_until is not None
     inner = rewriter.apply_fn
+    recurrent = _recurrent(rewriter)
 
-    def unready(states) -> str | None:
-        """The first site with a state that has seen no data."""
-        for name, parts in states.items():
-            for role, state in parts.items():
-                q = plan[name][0 if role == "weights" else 1]
-                if q is not None and not q.ready(state):
-                    return name
-        return None
+    def unready(states) -> list[tuple[str, str]]:
+        """(site, role) of the states that have seen no data."""
+        quantizers = {
+            (name, role): (plan[name][0 if role == "weights" else 1], state)
+            for name, parts in states.items()
+            for role, state in parts.items()
+        }
+        return [
+            key
+            for key, (q, state) in quantizers.items()
+            if q is not None and not q.ready(state)
+        ]
+
+    def completed(states, waiting):
+        """The states that a recurrence carries, in the structure they will have."""
+        out = dict(states)
+        for name, role in waiting:
+            if name not in recurrent:
+                continue
+            site, k = recurrent[name], 0 if role == "weights" else 1
+            spec = site.x if k else site.w
+            full = _completed(plan[name][k], out[name][role], spec, site.layers)
+            out[name] = {**out[name], role: full}
+        return out
 
     @functools.wraps(inner)
     def apply_fn(variables, *args, **kwargs):
@@ -369,10 +457,10 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
         else:
             kwargs["mutable"] = inner_mutable
         waiting = unready(states)
-        if waiting is not None and not observing:
+        if waiting and not observing:
             raise errors.NotCalibratedError(
                 "its input quantizer has seen no data.",
-                path=waiting,
+                path=waiting[0][0],
                 operation="quantize.insert",
                 remedy="Run cj.quantize.calibrate(batches)(model) first.",
             )
@@ -404,17 +492,22 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
                 part, value = (state or {}).get(role, {}), values[role]
                 watching = not q.trained or WATCH in part
                 if observing and q.update is not None and watching and not missing:
+                    if (site.name, role) in waiting:
+                        part = _calibrate.unseen(part)
                     old, part = part, q.update(part or q.init(_spec(value)), value)
-                    if ranges_until is not None and waiting is None:
+                    if ranges_until is not None and not waiting:
                         part = _select(at < ranges_until, part, old)
                     new[role] = part
-                if waiting is None:
+                if not waiting:
                     values[role] = q.apply(part, value)
                     if delayed and (role == "inputs" or site.leaf is None):
                         values[role] = _select(at < inputs_after, value, values[role])
+            if new and site.name in recurrent:
+                new = {**(state or {}), **new}
             return op(values["inputs"], values["weights"]), new or None
 
-        out, new = rewriter(rule, states, variables, args, kwargs)
+        carried = completed(states, waiting)
+        out, new = rewriter(rule, carried, variables, args, kwargs)
         if not (observing or counting):
             return out
         out, updates = (out, {}) if inner_mutable is False else out

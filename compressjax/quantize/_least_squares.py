@@ -48,8 +48,9 @@ SWEEPS = 30  # of the alternation over k bases
 
 
 def least_squares(
-    levels: str | Sequence[int] = "ternary",
+    bits: int | str | Sequence[int] | None = None,
     *,
+    levels: str | Sequence[int] | None = None,
     bases: int | None = None,
     signed: bool = True,
     per_channel: bool = True,
@@ -58,8 +59,11 @@ def least_squares(
     """A quantizer to the nearest of a few levels, with the best scale there is.
 
     Args:
+      bits: 1..4, for even levels: signed, 1 is "binary", 2 "ternary", 3 (1, 2, 3) and 4
+        (1, .., 7); unsigned, (1, .., 2^bits - 1). (`power_of_two(3)` has (1, 2, 4).)
+        Levels may stand in its place. Beside `levels` or `bases` it must agree.
       levels: "binary", "ternary", or the positive integer levels in rising order, such
-        as (1, 2), (1, 2, 4) or (1, 2, 3); 0 is one of them.
+        as (1, 2), (1, 2, 4) or (1, 2, 3); 0 is one of them. Default: "ternary".
       bases: 1..4: a sum of so many scaled signs instead of levels.
       signed: False for inputs after a ReLU, whose scale comes from `calibrate`.
       per_channel: a scale for each output channel.
@@ -70,15 +74,24 @@ def least_squares(
       marked as integers; sums of bases are not, and stay float in `deploy.integer`.
 
     Raises:
-      ValueError: for levels that do not rise from 1 or more, or bases outside 1..4.
+      ValueError: for levels that do not rise from 1 or more, bits or bases outside
+        1..4, or bits that are not those of the levels or bases.
 
-    >>> q = least_squares("ternary")
+    >>> q = least_squares(2)
     >>> w = jnp.array([3.0, -2.0, 0.4, 0.1])  # A^2 / B: 9, 12.5, 9.7, 7.6
     >>> q.apply(q.init(w), w).tolist()
     [2.5, -2.5, 0.0, 0.0]
     """
+    if bits is not None and not isinstance(bits, int):  # levels come first
+        if levels is not None:
+            raise ValueError(f"levels={levels!r}, and {bits!r} before: give one.")
+        bits, levels = None, bits
+    if bits is not None:
+        _quantizer.check_bits(bits, 1, 4)
     if bases is not None:
-        return _k_bases(bases, per_channel=per_channel)
+        return _agreeing(_k_bases(bases, per_channel=per_channel), bits)
+    if levels is None:
+        levels = "ternary" if bits is None else _even(bits, signed)
     book = (
         tuple(NAMED[levels]) if isinstance(levels, str) and levels in NAMED else levels
     )
@@ -146,7 +159,7 @@ def least_squares(
     def apply(state: _quantizer.State, x: Any) -> jax.Array:
         return _nearest(jnp.asarray(x), state["scale"], book, two, signed)
 
-    return _quantizer.Quantizer(
+    made = _quantizer.Quantizer(
         init=init,
         apply=apply,
         update=update,
@@ -160,6 +173,27 @@ def least_squares(
             shift=shift,
         ),
     )
+    return _agreeing(made, bits)
+
+
+def _even(bits: int, signed: bool) -> str | tuple[int, ...]:
+    """The levels of a word length.
+
+    >>> _even(1, True), _even(3, True), _even(2, False)
+    ('binary', (1, 2, 3), (1, 2, 3))
+    """
+    if signed and bits <= 2:
+        return ("binary", "ternary")[bits - 1]
+    return tuple(range(1, 2 ** (bits - signed)))
+
+
+def _agreeing(made: _quantizer.Quantizer, bits: int | None) -> _quantizer.Quantizer:
+    if bits is not None and bits != made.bits:
+        raise ValueError(
+            f"bits={bits}, but the levels or bases take {made.bits} bits: leave `bits` "
+            "out, or give others."
+        )
+    return made
 
 
 def best_scale(size: jax.Array, count: jax.Array, levels: tuple[int, ...]) -> jax.Array:

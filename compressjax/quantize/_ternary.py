@@ -14,12 +14,27 @@ from compressjax.quantize import _quantizer
 from compressjax.quantize._least_squares import least_squares
 
 
-def ternary(*, signed: bool = True, per_channel: bool = True) -> _quantizer.Quantizer:
+def ternary(
+    bits: int = 2, *, signed: bool = True, per_channel: bool = True
+) -> _quantizer.Quantizer:
     """The quantizer `least_squares("ternary")`.
 
-    >>> q = ternary()
+    Args:
+      bits: 2, or left out.
+      signed: False for inputs after a ReLU: {0, alpha}.
+      per_channel: a scale for each output channel.
+
+    Raises:
+      ValueError: for other bits.
+
+    >>> q = ternary(2)
     >>> w = jnp.array([3.0, -2.0, 0.4, 0.1])
     >>> q.apply(q.init(w), w).tolist()
     [2.5, -2.5, 0.0, 0.0]
     """
+    if isinstance(bits, bool) or bits != 2:
+        raise ValueError(
+            f"bits={bits!r}: three levels are bits=2. For others there are binary(1) "
+            "and least_squares(bits)."
+        )
     return least_squares("ternary", signed=signed, per_channel=per_channel)

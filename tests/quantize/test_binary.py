@@ -139,3 +139,19 @@ def test_what_is_refused_and_settings():
             make()
     q = binary("ede", "power_of_two", normalize=True)
     assert _settings.quantizer(q.settings).settings == q.settings
+
+
+def test_bits_come_first():
+    for first, bare in (
+        (binary(1), binary()),
+        (binary(1, "bireal", None), binary("bireal", None)),
+        (binary(bits=1, gradient="ede"), binary("ede")),
+        (binary(1, scale=None), binary(scale=None)),
+        (binary(1, "ede", "power_of_two"), binary("ede", "power_of_two")),
+        (binary(1, "ede", None), binary("ede", scale=None)),
+    ):
+        assert first.settings == bare.settings
+        assert _settings.quantizer(first.settings).settings == first.settings
+    for bits in (0, 2, True, None):
+        with pytest.raises(ValueError, match="bits=1"):
+            binary(bits)

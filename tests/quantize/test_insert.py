@@ -14,10 +14,13 @@ from compressjax.quantize import (
     Quantizer,
     _settings,
     calibrate,
+    dorefa,
+    gaussian,
     insert,
     observers,
     ptq,
     replay,
+    ternary,
     uniform,
 )
 
@@ -415,6 +418,106 @@ def test_scanned_layers_have_stacked_states(key):
         part = jax.tree.map(lambda a, i=i: a[i], states)
         h = jnp.tanh(A8.apply(part["inputs"], h) @ W8.apply(part["weights"], w[i]))
     np.testing.assert_allclose(q(x), h, atol=1e-6)
+
+
+def recurrence(p, x):
+    def step(h, r):
+        return jnp.tanh(h @ p["u"] + r @ p["w"]), None
+
+    return jax.lax.scan(step, jnp.zeros((2, 3)), x.swapaxes(0, 1))[0]
+
+
+def unrolled(p, x):
+    h = jnp.zeros((2, 3))
+    for t in range(x.shape[1]):
+        h = jnp.tanh(h @ p["u"] + x[:, t] @ p["w"])
+    return h
+
+
+def test_a_recurrence_has_one_state_observed_over_all_steps():
+    """Three steps, as many as channels: an axis of steps would broadcast."""
+    rng = np.random.default_rng(0)
+    u, w, x = (
+        jnp.asarray(rng.normal(size=n), jnp.float32)
+        for n in ((3, 3), (5, 3), (2, 3, 5))
+    )
+    p = {"u": u, "w": w}
+    q = insert(W8, A8, batches=[2 * x])(cj.from_function(recurrence, p, x))
+    states = q.variables["quantize_state"]["params/w"]
+    assert states["weights"]["scale"].shape == (1, 3)
+    np.testing.assert_allclose(
+        states["inputs"]["observer"]["min"], 2 * jnp.min(x), rtol=1e-6
+    )
+    flat = insert(W8)(cj.from_function(unrolled, p, x))
+    only = insert(W8)(cj.from_function(recurrence, p, x))
+    np.testing.assert_allclose(jax.jit(only)(x), jax.jit(flat)(x), atol=1e-6)
+    assert 0 < relative(only, q, x) < 0.05
+
+
+def test_states_of_a_recurrence_keep_their_structure():
+    p, x = {"u": jnp.eye(3), "w": jnp.ones((5, 3))}, jnp.ones((2, 3, 5))
+    q = insert(W8, A8, batches=[x])(cj.from_function(recurrence, p, x))
+    new = jax.eval_shape(
+        lambda v, x: q.apply_fn(v, x, mutable=["quantize_state"])[1], q.variables, x
+    )
+    old = {"quantize_state": q.variables["quantize_state"]}
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, old)
+    again = cj.from_function(recurrence, p, x)
+    for step in q.history[-2:]:
+        again = replay(step)(again)
+    assert jax.tree.map(jnp.shape, again.variables) == jax.tree.map(
+        jnp.shape, q.variables
+    )
+
+
+def test_layers_inside_a_recurrence_keep_their_axis(key):
+    def fn(p, x):
+        def layer(h, w):
+            return jnp.tanh(h @ w), None
+
+        def step(h, r):
+            return jax.lax.scan(layer, h + r, p["w"])[0], None
+
+        return jax.lax.scan(step, jnp.zeros((2, 3)), x)[0]
+
+    x = jax.random.normal(key, (5, 2, 3))
+    m = cj.from_function(fn, {"w": jax.random.normal(key, (4, 3, 3))}, x)
+    states = insert(W8, A8, batches=[x])(m).variables["quantize_state"]["params/w"]
+    assert states["weights"]["scale"].shape == (4, 1, 3)
+    assert states["inputs"]["scale"].shape == (4,)
+    assert len(set(states["inputs"]["scale"].tolist())) == 4
+
+
+def test_a_weight_that_changes_in_a_recurrence_is_refused(key):
+    def fn(p, x):
+        return jax.lax.fori_loop(0, 3, lambda i, h: h @ p["w"][i], x)
+
+    w = jax.random.normal(key, (3, 4, 4))
+    m = cj.from_function(fn, {"w": w}, jnp.ones((2, 4)))
+    with pytest.raises(errors.UnsupportedError, match="changes from step to step") as e:
+        insert(W8)(m)
+    assert e.value.path == "params/w" and "overrides=" in e.value.remedy
+
+
+@pytest.mark.parametrize("inputs", [None, gaussian(2), dorefa(2, signed=False)])
+def test_batches_that_nothing_waits_for_are_not_read(inputs):
+    def refuse():
+        raise AssertionError("read")
+        yield
+
+    x = jnp.ones((1, 2))
+    m = cj.from_function(lambda p, x: x @ p, jnp.eye(2), x)
+    q = insert(ternary(2), inputs, batches=refuse())(m)
+    row = q.report[-1]
+    assert (row.requested, row.achieved) == ("batches", "not read")
+    assert q.history[-1].name == "quantize.insert"
+    assert q(x).shape == (1, 2)
+
+
+def test_a_second_insertion_before_calibration_says_what_to_do(model):
+    first = insert(W8, A8, where="params/conv*/**")(model)
+    with pytest.raises(errors.NotCalibratedError, match="calibrate.*first"):
+        insert(W8, A8, where="params/head/**")(first)
 
 
 def test_groups_run_along_the_input_channels(key):

@@ -262,3 +262,36 @@ def test_what_is_refused_and_settings():
             make()
     for q in (ternary(), power_of_two(3, shift=True), least_squares(bases=2)):
         assert _settings.quantizer(q.settings).settings == q.settings
+
+
+def test_bits_come_first():
+    """Even levels: 3 bits are (1, 2, 3); `power_of_two` has (1, 2, 4)."""
+    assert least_squares(1).settings == least_squares("binary").settings
+    assert least_squares(2).settings == ternary(2).settings == ternary().settings
+    assert least_squares(3).settings == least_squares(levels=(1, 2, 3)).settings
+    assert least_squares(4).settings == least_squares(range(1, 8)).settings
+    assert least_squares(2, signed=False).settings == (
+        least_squares((1, 2, 3), signed=False).settings
+    )
+    assert least_squares(3, levels=(1, 2, 4)).settings == power_of_two(3).settings
+    assert least_squares(2, bases=2).settings == least_squares(bases=2).settings
+    for signed, bits in ((s, b) for s in (True, False) for b in (1, 2, 3, 4)):
+        q = least_squares(bits, signed=signed)
+        assert q.bits == bits
+        assert _settings.quantizer(q.settings).settings == q.settings
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ternary(3),
+        lambda: ternary(True),
+        lambda: least_squares(5),
+        lambda: least_squares(2, levels=(1, 2, 4)),
+        lambda: least_squares(3, bases=2),
+        lambda: least_squares("ternary", levels="binary"),
+    ],
+)
+def test_other_bits_are_refused(make):
+    with pytest.raises(ValueError, match="bits|levels"):
+        make()
