@@ -301,6 +301,7 @@ def test_gradients_inside_shard_map(act):
 
 def exported(model, *sizes):
     """(exported output, the Model's), for each batch size, of one export with "b"."""
+    pytest.importorskip("flatbuffers")
     call = jax.export.deserialize(bytearray(cj.deploy.export(model, "b"))).call
     (spec,) = model.inputs
     for n in sizes:
