@@ -47,6 +47,18 @@ class Drop(NamedTuple):
         return self.mean if confidence is None else self.high
 
 
+def check_confidence(confidence: Any) -> None:
+    """Raises ValueError for what is no confidence of an interval."""
+    if confidence is None or (
+        isinstance(confidence, int | float) and 0 < confidence < 1
+    ):
+        return
+    raise ValueError(
+        f"confidence={confidence!r}: give a number in (0, 1), such as 0.95, or None "
+        "for no interval."
+    )
+
+
 def paired_drop(
     reference: Any, scores: Any, *, key: jax.Array, confidence: float | None = 0.95
 ) -> Drop:
@@ -60,6 +72,7 @@ def paired_drop(
     >>> paired_drop([1, 1, 0], [1, 1, 0], key=jax.random.key(0))
     Drop(mean=0.0, low=0.0, high=0.0, examples=3)
     """
+    check_confidence(confidence)
     a, b = (np.asarray(x, np.float64) for x in (reference, scores))
     if a.ndim != 1 or a.shape != b.shape or not a.size:
         raise ValueError(

@@ -46,6 +46,7 @@ from compressjax.quantize import (
     _guard,
     _insert,
     _max_drop,
+    _moments,
     _round,
     _sensitivity,
     observers,
@@ -108,6 +109,7 @@ def ptq(
       Model -> Model. Its history holds the steps it is made of.
 
     Raises:
+      TypeError, ValueError: for an argument that means nothing; at once.
       NoMatchError: if `where` or an override matches no site.
       RefusedError: if max_drop cannot be met, or guard="refuse" finds a collapse; with
         the numbers.
@@ -128,13 +130,32 @@ def ptq(
         raise ValueError("max_drop and evaluate go together: give both or none.")
     if key is None and (rounding == "learned" or max_drop is not None):
         raise ValueError('rounding="learned" and max_drop need a `key`.')
+    if ends is not None and (isinstance(ends, bool) or not isinstance(ends, int)):
+        raise TypeError(f"ends={ends!r}: give a number of bits, such as 8, or None.")
+    if ends is not None and not 1 <= ends <= 32:
+        raise ValueError(f"ends={ends}: give a number of bits from 1 to 32, or None.")
+    if correct_bias not in (True, False):
+        _correct_bias.check_method(correct_bias, "correct_bias")
+    _guard.check_action(guard, "guard")
+    _max_drop.check_confidence(confidence)
+    if key is not None:
+        _round.check_key(key)
+    again = {
+        "rounding": rounding != "nearest",
+        "correct_bias": correct_bias,
+        "guard": guard,
+        "max_drop": max_drop is not None,
+        'equalize="absorb"': equalize == "absorb",
+    }
+    several = ", ".join(name for name, on in again.items() if on)
+    _moments.check_batches(batches, passes=several or None)
     exceptions = dict(overrides or {})
 
     def quantizers(bits: Bits):
         return _golden.quantizers(bits, observer, weight_observer)
 
     def override(value: Any) -> _insert.Override:
-        if isinstance(value, int | tuple):
+        if isinstance(value, int | tuple | str | list):  # a wrong one is refused there
             return dict(zip(("weights", "inputs"), quantizers(value), strict=True))
         return value
 

@@ -35,7 +35,7 @@ import optax
 
 from compressjax.core import errors, trees
 from compressjax.core.model import Model, Row, Step, Transform
-from compressjax.quantize import _calibrate
+from compressjax.quantize import _calibrate, _moments
 from compressjax.quantize._reconstruct import Program, Unit
 
 NAME = "quantize.learn_rounding"
@@ -115,6 +115,8 @@ def learn_rounding(
             "and a share from 0 to 1."
         )
     blocks = tuple(blocks)
+    _moments.check_batches(batches)
+    check_key(key)
 
     def transform(model: Model) -> Model:
         if any(step.name == "quantize.correct_bias" for step in model.history):
@@ -168,6 +170,18 @@ def learn_rounding(
         return model.then(step, report=report, variables=walk.variables())
 
     return transform
+
+
+def check_key(key: Any) -> None:
+    """Raises TypeError for what is no random key."""
+    if isinstance(key, jax.Array | np.ndarray) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        or (key.dtype, key.shape[-1:]) in ((np.uint32, (2,)), (np.uint32, (4,)))
+    ):
+        return
+    shown = key if isinstance(key, int) else type(key).__name__
+    number = key if isinstance(key, int) else 0
+    raise TypeError(f"key={shown} is no random key. Give jax.random.key({number:d}).")
 
 
 def _groups(
@@ -241,7 +255,7 @@ class _Walk:
             self.float.append(dict(env))
         if not self.which:
             raise errors.RefusedError(
-                "there are no batches.",
+                _moments.no_batches(batches),
                 operation=NAME,
                 remedy="Give a list of input tuples, [(x,), ...].",
             )

@@ -94,6 +94,10 @@ def uniform(
         raise ValueError(f"group_size={group_size}: give at least 1, or None.")
     narrow = (symmetric and signed) if narrow is None else narrow
     observer = observers.minmax() if observer is None else observer
+    if not isinstance(observer, observers.Observer):
+        raise TypeError(
+            f"observer={observer!r} is no observer. Call one: observers.minmax()."
+        )
     lowest, highest = codes(bits, signed=signed, narrow=narrow)
     if highest >= 2**31:  # no int32 holds it; 2^32 is the float32 next to 2^32 - 1
         highest = 2.0**32

@@ -55,6 +55,8 @@ def test_without_a_confidence_the_mean_counts(key):
     assert drop == (0.25, 0.25, 0.25, 4)
     with pytest.raises(ValueError, match="one number per example"):
         _max_drop.paired_drop([1, 0], [1], key=key)
+    with pytest.raises(ValueError, match="confidence=95"):
+        _max_drop.paired_drop([1, 0], [1, 0], key=key, confidence=95)
 
 
 # -- the search ---------------------------------------------------------------

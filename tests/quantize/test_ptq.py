@@ -170,6 +170,35 @@ def test_bad_options(digits):
         "together": {"max_drop": 0.1, "key": key},
         "key": {"rounding": "learned"},
         "integer": {"bits": 1},
+        "guard='warn'": {"guard": "warn"},
+        "correct_bias='bogus'": {"correct_bias": "bogus"},
+        "confidence=95": {"confidence": 95},
+        "ends=0": {"ends": 0},
     }.items():
         with pytest.raises(ValueError, match=match):
             ptq(data, **how)
+
+
+@pytest.mark.parametrize(
+    "match, how",
+    [
+        ("bits='8'.*integer", {"bits": "8"}),
+        (r"bits=\[4, 8\].*tuple", {"bits": [4, 8]}),
+        (r"bits=\(4, 8, 8\)", {"bits": (4, 8, 8)}),
+        ("ends='8'", {"ends": "8"}),
+        (r"minmax\(\)", {"observer": observers.minmax}),
+        (r"weight_observer=observers.mse\(\)", {"weight_observer": observers.mse}),
+        (r"jax.random.key\(0\)", {"key": 0}),
+        ("one array, float32", {"batches": jnp.ones((4, 2))}),
+        ("generator.*exhausted: give a list. guard", {"guard": "report"}),
+    ],
+)
+def test_arguments_of_a_wrong_type(match, how):
+    data = (b for b in [jnp.ones((4, 2))])
+    with pytest.raises(TypeError, match=match):
+        ptq(**{"batches": data, **how})
+
+
+def test_one_pass_over_a_generator_is_enough_for_ranges():
+    m = cj.from_function(lambda p, x: x @ p["w"], {"w": jnp.eye(2)}, jnp.ones((1, 2)))
+    assert ptq(b for b in [jnp.eye(2)])(m).bits["params/w"] == (8, 8)

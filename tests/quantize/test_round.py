@@ -313,3 +313,12 @@ def test_refusals(knot):
         learn_rounding([(x,)], key=key, unit="stage")
     with pytest.raises(ValueError, match="iteration"):
         learn_rounding([(x,)], key=key, iterations=0)
+    with pytest.raises(TypeError, match=r"key=0 is no.*jax.random.key\(0\)"):
+        learn_rounding([(x,)], key=0)
+    with pytest.raises(TypeError, match="one array"):
+        learn_rounding(x, key=key)
+    once = iter([(x,)])
+    next(once)
+    with pytest.raises(errors.RefusedError, match="exhausted: give a list"):
+        learn_rounding(once, key=key)(q)
+    learn_rounding([(x,)], key=jax.random.PRNGKey(0))
