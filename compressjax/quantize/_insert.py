@@ -295,6 +295,7 @@ def _completed(q: Quantizer, state: Any, spec: Any, layers: tuple[int, ...]) -> 
     def of_one_layer(a):
         return jax.ShapeDtypeStruct(a.shape[len(layers) :], a.dtype)
 
+    assert q.update is not None  # what waits for data has one
     after = jax.eval_shape(q.update, jax.tree.map(of_one_layer, state), spec)
     zeros = jax.tree.map(lambda a: jnp.zeros((*layers, *a.shape), a.dtype), after)
     return {**zeros, **state}
@@ -435,8 +436,9 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
             if name not in recurrent:
                 continue
             site, k = recurrent[name], 0 if role == "weights" else 1
-            spec = site.x if k else site.w
-            full = _completed(plan[name][k], out[name][role], spec, site.layers)
+            q, spec = plan[name][k], (site.x if k else site.w)
+            assert q is not None  # it waits
+            full = _completed(q, out[name][role], spec, site.layers)
             out[name] = {**out[name], role: full}
         return out
 
