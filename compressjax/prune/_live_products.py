@@ -88,7 +88,7 @@ def reduction(kind: str) -> Callable[[Any, Sequence[Live]], list[Live]]:
                     n = int(np.prod(lengths, initial=1))
                     rep = scalar(np.asarray(d.rep, np.float64) * n, out_dtype)
                     if np.dtype(out_dtype).kind in "iub":
-                        rep = scalar(int(d.rep) * n, out_dtype)
+                        rep = scalar(int(np.asarray(d.rep)) * n, out_dtype)
             elif d.rep is not None and corner_zero:
                 # Where both are dead the value is the zero of the block inside.
                 arr = spread(d.rep, [at])

@@ -151,7 +151,7 @@ def ptq(
     _moments.check_batches(batches, passes=several or None)
     exceptions = dict(overrides or {})
 
-    def quantizers(bits: Bits):
+    def quantizers(bits: Any):
         return _golden.quantizers(bits, observer, weight_observer)
 
     def override(value: Any) -> _insert.Override:

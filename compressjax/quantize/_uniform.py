@@ -98,6 +98,7 @@ def uniform(
         raise TypeError(
             f"observer={observer!r} is no observer. Call one: observers.minmax()."
         )
+    highest: Any
     lowest, highest = codes(bits, signed=signed, narrow=narrow)
     if highest >= 2**31:  # no int32 holds it; 2^32 is the float32 next to 2^32 - 1
         highest = 2.0**32
