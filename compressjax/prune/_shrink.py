@@ -90,7 +90,8 @@ def live_apply(model: Model, keeps: LeafKeeps) -> Callable[..., Any]:
                     path=path,
                     operation="prune.shrink",
                 )
-            return jax.ShapeDtypeStruct(shapes[path], leaf.dtype)
+            # Under shard_map the axes it varies over belong to its type.
+            return jax.typeof(leaf).update(shape=shapes[path])
 
         specs = trees.map_with_path(full_size, variables)
         traced = trace.trace(inner, specs, args, kwargs)

@@ -299,6 +299,26 @@ def test_gradients_inside_shard_map(act):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
 
 
+def test_variables_that_vary_inside_shard_map(key):
+    w = {"a": jax.random.normal(key, (3, 8)), "b": jax.random.normal(key, (8, 2))}
+    x = jax.random.normal(key, (4, 3))
+    model = cj.from_function(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], w, x)
+    small = prune.shrink({"params/a": [0, 2, 3, 7]})(model)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+
+    def apply(v, x):
+        v = jax.tree.map(lambda a: jax.lax.pcast(a, ("d",), to="varying"), v)
+        return small.apply_fn(v, x)
+
+    sharded = jax.shard_map(apply, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
+    got = jax.jit(sharded)(small.variables, x)
+    np.testing.assert_allclose(got, small(x), rtol=1e-5, atol=1e-6)
+    grads = jax.grad(lambda v: (sharded(v, x) ** 2).sum())(small.variables)
+    want = jax.grad(lambda v: (small.apply_fn(v, x) ** 2).sum())(small.variables)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), grads, want)
+
+
 def exported(model, *sizes):
     """(exported output, the Model's), for each batch size, of one export with "b"."""
     pytest.importorskip("flatbuffers")
