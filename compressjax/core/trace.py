@@ -235,3 +235,14 @@ def inline(
     # Traced on the values themselves: bare shapes would lose what shard_map knows.
     flat = jax.make_jaxpr(lambda *values: evaluate(trace.jaxpr, values, handle))
     return flat(*trace.in_values)
+
+
+def varying_as(x: Any, like: Any) -> Any:
+    """x, under shard_map as varying over the mesh axes that the type `like` does."""
+
+    def axes(aval: Any) -> frozenset[str]:
+        manual = getattr(aval, "manual_axis_type", aval)
+        return getattr(manual, "varying", getattr(manual, "vma", frozenset()))
+
+    more = tuple(sorted(axes(like) - axes(jax.typeof(x))))
+    return jax.lax.pcast(x, more, to="varying") if more else x

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from compressjax.core import trace
+
 
 class Choice(NamedTuple):
     """A parsed lowering name.
@@ -93,17 +95,6 @@ class Conv:
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def varying_as(x: Any, spec: Any) -> Any:
-    """x, under shard_map as varying over the mesh axes that spec varies over."""
-
-    def axes(aval: Any) -> frozenset[str]:
-        kind = getattr(aval, "manual_axis_type", None)
-        return getattr(kind, "varying", frozenset())
-
-    more = tuple(sorted(axes(spec) - axes(jax.typeof(x))))
-    return lax.pcast(x, more, to="varying") if more else x
-
-
 def stored(compute: Callable[[], Any], witness: Any) -> Any:
     """`compute()`, written to memory before anybody reads it.
 
@@ -117,7 +108,7 @@ def stored(compute: Callable[[], Any], witness: Any) -> Any:
 
     def never():
         # Under shard_map both branches must vary over the same mesh axes.
-        return varying_as(jnp.zeros(spec.shape, spec.dtype), spec)
+        return trace.varying_as(jnp.zeros(spec.shape, spec.dtype), spec)
 
     return lax.cond(one * 0 != 1, compute, never)
 

@@ -14,7 +14,7 @@ from jax import lax
 from compressjax.core import packing
 from compressjax.core import sites as finding
 from compressjax.core import trace as tracing
-from compressjax.deploy import _forms, _lowerings, _rules
+from compressjax.deploy import _lowerings, _rules
 from compressjax.deploy._values import (
     CONSTANTS,
     WEIGHTS,
@@ -217,7 +217,7 @@ class Products(_rules.Rules):
         x = ins[1 - side]
         if isinstance(x, Quantized):
             x = self.as_float(x).astype(eqn.invars[1 - side].aval.dtype)
-        w = _forms.varying_as(values.astype(w.dtype), eqn.invars[side].aval)
+        w = tracing.varying_as(values.astype(w.dtype), eqn.invars[side].aval)
         self.bits[site.name] = (
             self.decide(f"{site.name}/bits", lambda: packed["bits"]),
             32,

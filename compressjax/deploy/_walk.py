@@ -10,7 +10,6 @@ import numpy as np
 
 from compressjax.core import trace as tracing
 from compressjax.deploy import (
-    _forms,
     _known,
     _moves,
     _products,
@@ -120,7 +119,7 @@ class Walk(_products.Products):
         def operand(x: Any, aval: Any) -> Any:
             if isinstance(x, Quantized):
                 return self.as_float(x).astype(aval.dtype)
-            return _forms.varying_as(self.as_float(x), aval)
+            return tracing.varying_as(self.as_float(x), aval)
 
         return [operand(x, a.aval) for x, a in zip(ins, eqn.invars, strict=True)]
 

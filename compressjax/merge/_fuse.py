@@ -355,7 +355,7 @@ def _at_site(eqn, segment, read, plan: _fold.Plan, values: Mapping[str, Any]) ->
     x = read(eqn.invars[1 - site.weight_side])
     if segment.indices is None:
         w = jnp.asarray(values[site.leaf]).astype(site.w.dtype)
-        w = _varying_like(w, eqn.invars[site.weight_side].aval)
+        w = tracing.varying_as(w, eqn.invars[site.weight_side].aval)
     else:
         w = read(eqn.invars[site.weight_side])
     y = tracing.bind(eqn, [x, w] if site.weight_side else [w, x])[0]
@@ -363,14 +363,3 @@ def _at_site(eqn, segment, read, plan: _fold.Plan, values: Mapping[str, Any]) ->
     order = np.argsort(site.out_axes)
     shape = [n if a in site.out_axes else 1 for a, n in enumerate(y.shape)]
     return y + b.transpose(order).reshape(shape)
-
-
-def _varying_like(x: Any, aval: Any) -> Any:
-    """Under shard_map: x, marked to vary over the mesh axes that `aval` varies over."""
-
-    def varying(aval: Any) -> frozenset:
-        manual = getattr(aval, "manual_axis_type", aval)
-        return getattr(manual, "varying", getattr(manual, "vma", frozenset()))
-
-    axes = tuple(varying(aval) - varying(jax.typeof(x)))
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
