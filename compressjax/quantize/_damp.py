@@ -24,7 +24,7 @@ from compressjax import losses
 from compressjax.core import errors, straight_through, trees
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model, zeros_like_spec
-from compressjax.quantize import _insert
+from compressjax.quantize import _inserted
 from compressjax.quantize._quantizer import Quantizer
 
 
@@ -53,7 +53,7 @@ def damp(model: Model, where: str = "**") -> Callable[[Any], jax.Array]:
     >>> jax.grad(loss)(m.variables)["params"]["w"][1].tolist()
     [0.5]
     """
-    made = _insert.made_by(model, "quantize.damp")
+    made = _inserted.made_by(model, "quantize.damp")
     quantizers: dict[str, Quantizer] = {}
     for site in made.rewriter.found.sites:
         q = made.plan.get(site.name, (None, None))[0]

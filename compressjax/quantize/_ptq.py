@@ -47,8 +47,10 @@ from compressjax.quantize import (
     _insert,
     _max_drop,
     _moments,
+    _plan,
     _round,
     _sensitivity,
+    _switchboard,
     observers,
 )
 from compressjax.quantize._golden import Bits
@@ -64,7 +66,7 @@ def ptq(
     observer: observers.Observer | None = None,
     weight_observer: observers.Observer | None = None,
     where: str = "**",
-    overrides: Mapping[str, Bits | _insert.Override] | None = None,
+    overrides: Mapping[str, Bits | _plan.Override] | None = None,
     ends: int | None = 8,
     equalize: bool | Literal["absorb"] = False,
     rounding: Literal["nearest", "learned"] | Transform = "nearest",
@@ -154,7 +156,7 @@ def ptq(
     def quantizers(bits: Any):
         return _golden.quantizers(bits, observer, weight_observer)
 
-    def override(value: Any) -> _insert.Override:
+    def override(value: Any) -> _plan.Override:
         if isinstance(value, int | tuple | str | list):  # a wrong one is refused there
             return dict(zip(("weights", "inputs"), quantizers(value), strict=True))
         return value
@@ -219,7 +221,7 @@ def ptq(
         pairs = [(w, x)] + [(min(w, b), min(x, b)) for b in LADDER]
         pairs = list(dict.fromkeys(pairs))
         data = [_calibrate.as_inputs(b) for b in batches]
-        board = _sensitivity.Switchboard(
+        board = _switchboard.Switchboard(
             model,
             data,
             [*pairs, *fixed.values()],
@@ -276,7 +278,7 @@ def _ends(
 def _fixed(
     model: Model,
     where: str,
-    overrides: Mapping[str, _insert.Override],
+    overrides: Mapping[str, _plan.Override],
     weights: Quantizer,
     inputs: Quantizer,
 ) -> dict[str, tuple[int, int]]:

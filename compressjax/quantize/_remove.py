@@ -9,7 +9,7 @@ from the last one (Zhuang et al., CVPR 2018, arXiv 1711.00205, section 3.2).
 """
 
 from compressjax.core.model import Model, Row, Step, Transform
-from compressjax.quantize import _insert
+from compressjax.quantize import _inserted
 
 
 def remove() -> Transform:
@@ -35,7 +35,7 @@ def remove() -> Transform:
     """
 
     def transform(model: Model) -> Model:
-        made = _insert.made_by(model, "quantize.remove")
+        made = _inserted.made_by(model, "quantize.remove")
         rows = [
             Row("quantize.remove", site, "off", "off") for site in sorted(made.plan)
         ]

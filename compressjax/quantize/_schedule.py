@@ -18,7 +18,7 @@ ranges frozen at the end); Jacob et al., CVPR 2018, arXiv 1712.05877, section 3.
 import jax.numpy as jnp
 
 from compressjax.core.model import Model, Step, Transform
-from compressjax.quantize import _insert
+from compressjax.quantize import _inserted
 
 
 def schedule(*, inputs_after: int = 0, ranges_until: int | None = None) -> Transform:
@@ -52,8 +52,8 @@ def schedule(*, inputs_after: int = 0, ranges_until: int | None = None) -> Trans
             raise ValueError(f"{name}={value}: give a number of steps, 0 or more.")
 
     def transform(model: Model) -> Model:
-        made = _insert.made_by(model, "quantize.schedule")
-        apply_fn = _insert.apply_of(
+        made = _inserted.made_by(model, "quantize.schedule")
+        apply_fn = _inserted.apply_of(
             made, inputs_after=inputs_after, ranges_until=ranges_until
         )
         counter = {"step": jnp.zeros((), jnp.int32)}

@@ -10,7 +10,7 @@ import pytest
 
 import compressjax as cj
 from compressjax.core import errors, trees
-from compressjax.quantize import _reconstruct, _round, insert, learn_rounding, uniform
+from compressjax.quantize import _reconstruct, _round_walk, insert, learn_rounding, uniform
 
 NAME = "quantize.learn_rounding"
 
@@ -39,10 +39,10 @@ def check_codes(before, after, site):
 def test_rectified_sigmoid_by_hand():
     # sigmoid(0) = .5: 1.2 * .5 - .1 = .5; sigmoid(-2.3979) = 1/12: 1.2/12 - .1 = 0
     v = jnp.array([0.0, -np.log(11), np.log(11), -20.0, 20.0])
-    h = _round.rectified_sigmoid(v)
+    h = _round_walk.rectified_sigmoid(v)
     np.testing.assert_allclose(h, [0.5, 0, 1, 0, 1], atol=1e-6)
     fraction = jnp.linspace(0, 0.999, 50)
-    h = _round.rectified_sigmoid(_round._start(fraction))
+    h = _round_walk.rectified_sigmoid(_round_walk._start(fraction))
     np.testing.assert_allclose(h, fraction, atol=1e-6)
 
 
