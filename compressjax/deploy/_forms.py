@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from compressjax.core import trace
+from compressjax.core import depthwise, trace
 
 
 class Choice(NamedTuple):
@@ -77,19 +77,14 @@ class Conv:
         o, i, *taps = self.specs[1]
         return tuple(shape[k] for k in (*taps, i, o))
 
-    def space_out(self, space: Sequence[int], taps: Sequence[int]) -> tuple[int, ...]:
-        return tuple(
-            (lo + (n - 1) * dx + 1 + hi - ((k - 1) * dw + 1)) // s + 1
-            for n, k, s, (lo, hi), dx, dw in zip(
-                space,
-                taps,
-                self.strides,
-                self.padding,
-                self.x_dilation,
-                self.w_dilation,
-                strict=True,
-            )
+    @property
+    def window(self) -> depthwise.Window:
+        return depthwise.Window(
+            self.strides, self.padding, self.x_dilation, self.w_dilation
         )
+
+    def space_out(self, space: Sequence[int], taps: Sequence[int]) -> tuple[int, ...]:
+        return self.window.out(space, taps)
 
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
@@ -296,16 +291,17 @@ def _shifts(conv: Conv, x: Any, w: Any, multiply: Dot) -> Any:
     return y.reshape(*y.shape[:-2], -1)
 
 
-def _fft(conv: Conv, x: Any, w: Any, dot: Dot) -> Any:
-    del dot
-    taps = w.shape[:-2]
-    axes = tuple(range(1, x.ndim - 1))
-    size = x.shape[1:-1]
-    out = _valid(conv, size, taps)
-    x_hat = jnp.fft.rfftn(x, axes=axes)
-    w_hat = jnp.fft.rfftn(w[..., 0, :], s=size, axes=tuple(range(len(taps))))
-    y = jnp.fft.irfftn(x_hat * jnp.conj(w_hat)[None], s=size, axes=axes)
-    return _tap(conv, y, (0,) * len(taps), out).astype(x.dtype)
+def _large(conv: Conv, form: str, x: Any, w: Any, fill: int, dot: Dot) -> Any:
+    """Depthwise, by core.depthwise; padding that stands for a number is written."""
+    window = conv.window
+    if fill:
+        x = _pad(conv, x, fill)
+        rank = x.ndim - 2
+        window = window._replace(padding=((0, 0),) * rank, x_dilation=(1,) * rank)
+    if form == "toeplitz":
+        return depthwise.toeplitz(window, x, w, dot)
+    how = {"precision": conv.precision, "preferred_element_type": conv.preferred}
+    return depthwise.run(form, window, x, w, **how)
 
 
 def _valid(conv: Conv, space: Sequence[int], taps: Sequence[int]) -> tuple[int, ...]:
@@ -329,14 +325,19 @@ _FORMS = {
     "taps": _taps,
     "tiles2": _tiles2,
     "shifts": _shifts,
-    "fft": _fft,
 }
+_LARGE = ("crop", "fft", "toeplitz")
 
 
 def run(conv: Conv, choice: Choice, x: Any, w: Any, fill: int, dot: Dot) -> Any:
     """One form on channels-last operands."""
+    if conv.groups > 1 and w.shape[-2] == 1 and not fill:
+        window, w = depthwise.crop(conv.window, x, w)
+        conv = dataclasses.replace(conv, padding=window.padding)
 
     def whole(x: Any) -> Any:
+        if choice.form in _LARGE:
+            return _large(conv, choice.form, x, w, fill, dot)
         if choice.form == "pixels":
             return _pixels(conv, x, w, dot)
         return _FORMS[choice.form](conv, _pad(conv, x, fill), w, dot)

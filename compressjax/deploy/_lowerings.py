@@ -11,7 +11,9 @@ A lowering is a name, ``form[/images][:carrier]``; `tune` times them and keeps o
     tiles2      two neighbour pixels at a time: less to copy, twice the columns of the
                 dot, a quarter of its weights zero (few channels)
     shifts      depthwise: multiply and add shifted maps
-    fft         depthwise with large kernels, by the convolution theorem (float only)
+    crop        depthwise: the convolution without the taps that meet padding alone
+    fft         depthwise, by the convolution theorem (float only)
+    toeplitz    depthwise, one dot an output row and channel, through band matrices
     /n          n images at a time, so that the patches stay in the cache
 
 For codes q with zero point z the result is always sum (q - z) w, an int32, whatever
@@ -39,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from compressjax.core import depthwise
 from compressjax.deploy import _forms
 
 EXACT = 2**24  # float32 holds every integer up to here
@@ -243,7 +246,7 @@ def candidates(
         else ["conv"]
     )
     if bound is None:
-        return tuple(f for f in forms if f != "fft" or x.dtype == jnp.float32)
+        return tuple(forms)
     parts = bound // EXACT + 1
     cut = f"x{parts}" if parts > 1 else ""
     narrow = min(w.shape[-2:]) <= 32
@@ -258,6 +261,9 @@ def candidates(
         elif form == "shifts":
             names.append("shifts:int8")
             names += ["shifts:float32"] if bound < EXACT else []
+        elif form == "toeplitz":
+            names.append("toeplitz:int8")
+            names += ["toeplitz:late-float32"] if bound < EXACT else []
         elif form == "im2col":
             names.append("im2col:int8")
             if parts <= 4:
@@ -287,13 +293,9 @@ def _conv_forms(
     out = conv.space_out(space, taps)
     if min(out) < 1 or min(space) < 1:
         return forms
-    n_taps, pixels = math.prod(taps), math.prod(out)
     if conv.groups > 1 and i == 1:
-        if n_taps <= 49:
-            forms.append("shifts")
-        if max(taps) >= 11 and o == channels and set(conv.w_dilation) == {1}:
-            forms.append("fft")
-        return forms
+        return forms + _depthwise_forms(conv, space, taps, out)
+    n_taps, pixels = math.prod(taps), math.prod(out)
     if n_taps > 256:
         return forms
     patches = math.prod(out) * n * n_taps * channels * x.dtype.itemsize
@@ -314,4 +316,20 @@ def _conv_forms(
     images = 2 ** int(math.log2(images)) if images >= 1 else 1
     if n_taps > 1 and images < n:
         forms.append(f"im2col/{images}")
+    return forms
+
+
+def _depthwise_forms(conv: _forms.Conv, space, taps, out) -> list[str]:
+    kept = [len(t) for t in depthwise.touching(conv.window, space, taps)]
+    forms = []
+    if math.prod(kept) <= 49:
+        forms.append("shifts")
+    if math.prod(kept) < math.prod(taps):
+        forms.append("crop")
+    if not min(kept):
+        return forms
+    if max(kept) >= 5 and len(space) <= 3:
+        forms.append("fft")
+    if max(kept) >= 5 and len(space) <= 2 and max(out) <= 64:
+        forms.append("toeplitz")
     return forms
