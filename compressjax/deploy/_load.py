@@ -20,6 +20,7 @@ from compressjax import merge
 from compressjax.core import doors, errors, rewrite, trees
 from compressjax.core.model import Model, Row, Step, Transform, expect, zeros_like_spec
 from compressjax.deploy import _integer, _save, _tune
+from compressjax.merge import _expand
 from compressjax.quantize import _correct_bias, _insert, _remove, _schedule
 
 
@@ -31,6 +32,7 @@ def _prune(step: Step) -> Transform:
 
 # Name of a Step -> its transform, from its settings.
 REPLAY: dict[str, Callable[[Step], Transform]] = {
+    "merge.expand": _expand.replay,
     "merge.fuse": lambda step: merge.fuse(**step.settings),
     "prune.mask": _prune,
     "prune.shrink": _prune,

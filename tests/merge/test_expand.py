@@ -1,0 +1,246 @@
+"""Expanding: the same function before training, one convolution again after it."""
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import compressjax as cj
+from compressjax.core import errors, trees
+
+KINDS = ("acb", "repvgg", "dbb", "replk")
+
+
+class Net(nn.Module):
+    """A 3x3, a strided grouped 5x5, a dilated depthwise 3x3, a 1x1, a dense layer."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+        x = nn.relu(norm(name="bn1")(nn.Conv(4, (3, 3), name="square")(x)))
+        x = nn.relu(nn.Conv(4, (5, 5), 2, feature_group_count=2, name="grouped")(x))
+        dw = nn.Conv(4, (3, 3), kernel_dilation=2, feature_group_count=4, name="dw")
+        x = nn.relu(norm(name="bn2")(dw(x)))
+        x = nn.relu(nn.Conv(6, (1, 1), name="pointwise")(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+X = jax.random.normal(jax.random.key(3), (2, 9, 9, 2))
+
+
+@functools.cache
+def network() -> cj.Model:
+    return spread(cj.from_linen(Net(), Net().init(jax.random.key(0), X), X))
+
+
+def spread(model: cj.Model, seed: int = 0) -> cj.Model:
+    """Statistics, gains and shifts away from where they start; kernels too if zero."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, x):
+        last = path.rsplit("/", 1)[-1]
+        if last in ("var", "scale"):
+            return jnp.asarray(rng.uniform(0.3, 2.0, x.shape), x.dtype)
+        if last in ("mean", "bias") or not x.any():
+            return jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype)
+        return x
+
+    return model.replace(variables=trees.map_with_path(leaf, model.variables))
+
+
+@functools.cache
+def expanded(kind: str, init: str = "preserve") -> cj.Model:
+    key = jax.random.key(5) if init == "official" else None
+    make = cj.merge.expand(kind, init=init, key=key, kernel_size=7, small=5)
+    return make(network())
+
+
+def rows(model):
+    return {r.path: r for r in model.report if r.transform == "merge.expand"}
+
+
+# The oracle: convolutions and merged kernels in plain NumPy, float64, HWIO
+
+
+def conv(x, w, pads, strides=(1, 1), dilation=(1, 1), groups=1):
+    x = np.asarray(x, np.float64)
+    for axis, (lo, hi) in enumerate(pads, 1):  # negative: cropped
+        n = x.shape[axis]
+        x = np.take(x, range(max(-lo, 0), n - max(-hi, 0)), axis)
+        sides = [(0, 0)] * 4
+        sides[axis] = (max(lo, 0), max(hi, 0))
+        x = np.pad(x, sides)
+    h, wide, each, outs = w.shape
+    out = [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, k, s, d in zip(x.shape[1:3], (h, wide), strides, dilation, strict=True)
+    ]
+    y = np.zeros((len(x), *out, outs))
+    for i, j, o in itertools.product(range(h), range(wide), range(outs)):
+        first = o // (outs // groups) * each
+        rows = slice(i * dilation[0], i * dilation[0] + strides[0] * out[0], strides[0])
+        cols = slice(j * dilation[1], j * dilation[1] + strides[1] * out[1], strides[1])
+        y[..., o] += x[:, rows, cols, first : first + each] @ w[i, j, :, o]
+    return y
+
+
+def gain_and_shift(params, stats, epsilon=1e-5):
+    p, s = (
+        {k: np.asarray(v, np.float64) for k, v in tree["bn"].items()}
+        for tree in (params, stats)
+    )
+    t = p["scale"] / np.sqrt(s["var"] + epsilon)
+    return t, p["bias"] - s["mean"] * t
+
+
+def embedded(w, size):
+    """A kernel in the middle of zeros."""
+    sides = [((n - k) // 2,) * 2 for n, k in zip(size, w.shape[:2], strict=True)]
+    return np.pad(np.asarray(w, np.float64), (*sides, (0, 0), (0, 0)))
+
+
+def dense(w, groups):
+    """A grouped kernel with zeros for the other groups."""
+    w = np.asarray(w, np.float64)
+    h, wide, each, outs = w.shape
+    full = np.zeros((h, wide, each * groups, outs))
+    for o in range(outs):
+        g = o // (outs // groups)
+        full[:, :, g * each : (g + 1) * each, o] = w[..., o]
+    return full
+
+
+def merged(kind, w, params, stats, groups, ins):
+    """(kernel, bias) of the sum of branches; the kernel is dense."""
+    names = {"acb": "square", "repvgg": "square", "dbb": "square", "replk": "large"}
+    size, outs = w.shape[:2], w.shape[-1]
+    folds = {n: gain_and_shift(params[n], stats[n]) for n in params}
+    t, bias = folds[names[kind]]
+    kernel = dense(w, groups) * t
+    bias = bias.copy()
+    eye = np.eye(ins)[None, None]
+    for name in ("horizontal", "vertical", "pointwise", "small", "identity"):
+        if name not in params:
+            continue
+        t, b = folds[name]
+        small = eye if name == "identity" else dense(params[name]["kernel"], groups)
+        kernel, bias = kernel + embedded(small * t, size), bias + b
+    if kind != "dbb":
+        return kernel, bias
+    depthwise = groups == ins == outs
+    for name in ("stacked", "average"):
+        t2, b2 = folds[name]
+        if name == "stacked":
+            middle = 2 * ins if depthwise else ins
+            second = dense(params[name]["kernel"], groups)
+        else:
+            middle = outs
+            second = np.tile(np.eye(middle) / math.prod(size), (*size, 1, 1))
+        if f"{name}_in" in params:
+            t1, b1 = folds[f"{name}_in"]
+            first = dense(params[f"{name}_in"]["kernel"], groups)[0, 0]
+            if name == "stacked" and not depthwise:
+                first = first + np.eye(middle)
+            first = first * t1
+        else:
+            first, b1 = np.eye(middle), np.zeros(middle)
+        kernel = kernel + np.einsum("im,hwmo->hwio", first, second) * t2
+        bias = bias + np.einsum("m,hwmo->o", b1, second) * t2 + b2
+    return kernel, bias
+
+
+class Layer(NamedTuple):
+    """One convolution: a network of its own."""
+
+    size: tuple[int, int] = (3, 3)
+    ins: int = 4
+    outs: int = 6
+    groups: int = 1
+    stride: int = 1
+    dilation: int = 1
+    pads: tuple = ((1, 1), (1, 1))
+    layout: str = "NHWC"
+
+    def model(self):
+        h, wide = self.size
+        rng = np.random.default_rng(0)
+        w = rng.normal(size=(h, wide, self.ins // self.groups, self.outs))
+        x = rng.normal(size=(2, 8, 7, self.ins))
+        first = self.layout == "NCHW"
+        w = jnp.asarray(w.transpose(3, 2, 0, 1) if first else w, jnp.float32)
+        x = jnp.asarray(x.transpose(0, 3, 1, 2) if first else x, jnp.float32)
+        numbers = ("NCHW", "OIHW", "NCHW") if first else ("NHWC", "HWIO", "NHWC")
+
+        def net(p, x):
+            return jax.lax.conv_general_dilated(
+                x,
+                p["conv"]["kernel"],
+                (self.stride,) * 2,
+                self.pads,
+                rhs_dilation=(self.dilation,) * 2,
+                feature_group_count=self.groups,
+                dimension_numbers=numbers,
+            )
+
+        return cj.from_function(net, {"conv": {"kernel": w}}, x), x
+
+    def hwio(self, tree):
+        """Kernels of a tree in the oracle's layout."""
+        if self.layout == "NHWC":
+            return tree
+        return jax.tree.map(
+            lambda k: k.transpose(2, 3, 1, 0) if k.ndim == 4 else k, tree
+        )
+
+
+LAYERS = {
+    "3x3": Layer(outs=4),
+    "groups, stride 2": Layer(ins=4, outs=6, groups=2, stride=2),
+    "5x5, cropped strips, dilated": Layer((5, 5), pads=((1, 1), (0, 0)), dilation=1),
+    "3x5, dilated, lopsided": Layer((3, 5), pads=((0, 3), (4, 2)), dilation=2),
+    "channels first, stride 2": Layer(stride=2, pads=((0, 1), (1, 1)), layout="NCHW"),
+    "depthwise": Layer(outs=4, groups=4, stride=2),
+    "depthwise, dilated": Layer(outs=4, groups=4, dilation=2, pads=((2, 2), (2, 2))),
+}
+CASES = [
+    (kind, name)
+    for kind, name in itertools.product(KINDS, LAYERS)
+    if kind != "replk" or "depthwise" in name
+]
+
+
+@pytest.mark.parametrize("kind, name", CASES, ids=[f"{k}, {n}" for k, n in CASES])
+def test_branches_are_one_convolution(kind, name):
+    """Any statistics, gains and shifts: K' = sum of t embed(K), worked out in NumPy."""
+    layer = LAYERS[name]
+    model, x = layer.model()
+    made = cj.merge.expand(kind, kernel_size=7, small=5)(model)
+    near = 1e-6 if kind == "replk" else 0  # there zeros are added to the old kernel
+    run = jax.jit(made.apply_fn)
+    before, after = (np.asarray(f(v, x)) for f, v in ((model.apply_fn, model.variables), (run, made.variables)))
+    np.testing.assert_allclose(after, before, rtol=0, atol=near * np.abs(before).max())
+
+    made = spread(made)
+    got = np.asarray(run(made.variables, x))
+    params = layer.hwio(made.variables["params"]["conv"])
+    stats = made.variables["batch_stats"]["conv"][kind]
+    k = np.asarray(params["kernel"])
+    kernel, bias = merged(kind, k, params[kind], stats, layer.groups, layer.ins)
+    pads = [
+        (lo + g, hi + g)
+        for (lo, hi), n, m in zip(layer.pads, k.shape, layer.size, strict=False)
+        for g in [layer.dilation * (n - m) // 2]
+    ]
+    x, got = (np.moveaxis(a, 1, -1) if layer.layout == "NCHW" else a for a in (x, got))
+    steps = ((layer.stride,) * 2, (layer.dilation,) * 2)
+    want = conv(x, kernel, pads, *steps) + bias
+    assert np.abs(got - want).max() <= 2e-6 * np.abs(want).max()
+    has_identity = "identity" in params[kind]
+    assert has_identity == (kind == "repvgg" and name in ("3x3", "depthwise, dilated"))
