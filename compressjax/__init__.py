@@ -2,9 +2,11 @@
 
 from compressjax import costs as costs
 from compressjax import deploy as deploy
+from compressjax import layers as layers
 from compressjax import losses as losses
 from compressjax import merge as merge
 from compressjax import models as models
+from compressjax import optim as optim
 from compressjax import prune as prune
 from compressjax import quantize as quantize
 from compressjax._explain import explain as explain

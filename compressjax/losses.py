@@ -4,17 +4,22 @@
     cross_entropy_distillation   (1 - a) CE(s, label) + a distillation(s, t)
     feature_error                mean over layers of ||S_l - T_l||^2 / ||T_l||^2
     damping                      sum (w_hat - clip(w, lo, hi))^2
+    repvgg_l2                    the square of the kernel that a RepVGG block becomes
 
 s and t are the logits of student and teacher, S_l and T_l their features. No gradient
 reaches a teacher. Plain functions of arrays, one number an example where there are
 examples; the factor in front and its schedule are the caller's.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from compressjax.core import errors, trees
+from compressjax.core.model import Model, expect
 
 Array = Any
 
@@ -162,6 +167,76 @@ def damping(w: Array, w_hat: Array, lo: Array, hi: Array) -> Array:
     """
     w_hat, lo, hi = jax.lax.stop_gradient((w_hat, lo, hi))
     return jnp.sum(jnp.square(w_hat - jnp.clip(w, lo, hi)))
+
+
+def repvgg_l2(model: Model, *, epsilon: float = 1e-5) -> Callable[[Any], Array]:
+    """A penalty on the kernels that the RepVGG blocks of a network will become.
+
+        L2 = ||K3||^2 - ||K3[c]||^2 + sum (t3 K3[c] + t1 K1)^2 / (t3^2 + t1^2)
+
+    c is the centre tap, t = gamma / sqrt(var + eps) of the two norms, running, without
+    gradient: decay acts on the merged kernel, not on two branches that may cancel. The
+    last term is scaled so that it is ordinary decay where one branch is zero.
+
+    Args:
+      model: a Model with blocks of `layers.RepVGG` that have both convolutions.
+      epsilon: of their norms.
+
+    Returns:
+      ``penalty(variables) -> f32[]``: the sum over all blocks. Add 0.5 * decay * it to
+      the loss, in place of decay of these kernels (``optim.repvgg_decay_mask(model,
+      custom_l2=True)``).
+
+    Raises:
+      RefusedError: if the Model has no such block.
+
+    Source: the authors' code for arXiv 2101.03697 ("custom L2", now deprecated).
+    Differs: an output channel with t3 = t1 = 0 adds nothing to the last term.
+
+    >>> net, x = cj.layers.RepVGG(1, identity=False), jnp.ones((1, 4, 4, 1))
+    >>> v = jax.eval_shape(net.init, jax.random.key(0), x)
+    >>> v = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), v)
+    >>> round(float(repvgg_l2(cj.from_linen(net, v, x))(v)), 4)  # 8 + (1 + 1)^2 / 2
+    10.0
+    """
+    leaves = trees.flat(expect(model).variables)
+    mark = "/conv1x1/kernel"
+    blocks = [
+        path.removeprefix("params/").removesuffix("conv1x1/kernel")
+        for path in leaves
+        if path.startswith("params/")
+        and path.endswith(mark)
+        and path.removesuffix(mark) + "/conv3x3/kernel" in leaves
+        and path.removesuffix(mark) + "/bn3x3/scale" in leaves
+    ]
+    if not blocks:
+        raise errors.RefusedError(
+            "no RepVGG block is here: no conv3x3, bn3x3 and conv1x1 beside each other.",
+            operation="losses.repvgg_l2",
+            remedy="Use it before merge.fuse, on a network of layers.RepVGG.",
+        )
+
+    def penalty(variables: Any) -> Array:
+        found = trees.flat(variables)
+        total = jnp.zeros(())
+        for block in blocks:
+            k3 = found[f"params/{block}conv3x3/kernel"]
+            k1 = found[f"params/{block}conv1x1/kernel"]
+            t3, t1 = (
+                jax.lax.stop_gradient(
+                    found[f"params/{block}{bn}/scale"]
+                    / jnp.sqrt(found[f"batch_stats/{block}{bn}/var"] + epsilon)
+                )[None]
+                for bn in ("bn3x3", "bn1x1")
+            )
+            size = jnp.square(t3) + jnp.square(t1)
+            centre = jnp.square(t3 * k3[1, 1] + t1 * k1[0, 0])
+            centre = centre / jnp.where(size > 0, size, 1.0)
+            total += jnp.sum(jnp.square(k3)) - jnp.sum(jnp.square(k3[1, 1]))
+            total += jnp.sum(centre)
+        return total
+
+    return penalty
 
 
 def _square(x: Array) -> Array:

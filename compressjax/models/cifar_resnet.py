@@ -7,6 +7,9 @@ Pre-activation: He et al., Identity Mappings in Deep Residual Networks, ECCV 201
 
 Differs: the shortcut across stages is a 1x1 convolution (option B) by default;
 `shortcut="pad"` is the parameter-free one of the paper (option A).
+
+With ``attention="se"`` or ``"sev2"`` every block has a gate: Hu, Shen, Sun,
+Squeeze-and-Excitation Networks, CVPR 2018. See `compressjax.models.resnet` for places.
 """
 
 from typing import Any
@@ -35,9 +38,15 @@ class Block(nn.Module):
     preact: bool
     shortcut: str
     zero_gamma: bool
+    attention: _parts.Attention = ()
 
     @nn.compact
     def __call__(self, x: jnp.ndarray, *, train: bool = False) -> jnp.ndarray:
+        def gate(place, u, before_norm=None):
+            return _parts.gate(
+                self.attention, place, u, train=train, before_norm=before_norm
+            )
+
         out = self.width * (4 if self.bottleneck else 1)
         if self.bottleneck:
             layers = [(self.width, 1, 1), (self.width, 3, self.stride), (out, 1, 1)]
@@ -46,24 +55,27 @@ class Block(nn.Module):
         changes = x.shape[-1] != out or self.stride != 1
 
         if self.preact:
-            y = nn.relu(_parts.batch_norm(train=train, name="bn1")(x))
-            skip = self._shortcut(y, out, train) if changes else x
+            y = gate("pre", x)
+            y = nn.relu(_parts.batch_norm(train=train, name="bn1")(y))
+            skip = gate("identity", self._shortcut(y, out, train) if changes else x)
             for i, (width, kernel, stride) in enumerate(layers, 1):
                 if i > 1:
                     y = nn.relu(_parts.batch_norm(train=train, name=f"bn{i}")(y))
                 y = _parts.conv(width, kernel, stride=stride, name=f"conv{i}")(y)
-            return skip + y
+                y = gate("3x3", y) if i == len(layers) - 1 else y
+            return gate("post", skip + gate("standard", y))
 
-        y = x
+        y = gate("pre", x)
         for i, (width, kernel, stride) in enumerate(layers, 1):
             last = i == len(layers)
-            y = _parts.conv(width, kernel, stride=stride, name=f"conv{i}")(y)
+            conv = _parts.conv(width, kernel, stride=stride, name=f"conv{i}")(y)
+            conv = gate("3x3", conv) if i == len(layers) - 1 else conv
             y = _parts.batch_norm(
                 train=train, name=f"bn{i}", zero_gamma=last and self.zero_gamma
-            )(y)
-            y = y if last else nn.relu(y)
-        skip = self._shortcut(x, out, train) if changes else x
-        return nn.relu(skip + y)
+            )(conv)
+            y = gate("standard", y, conv) if last else nn.relu(y)
+        skip = gate("identity", self._shortcut(x, out, train) if changes else x)
+        return gate("post", nn.relu(skip + y))
 
     def _shortcut(self, x: jnp.ndarray, out: int, train: bool) -> jnp.ndarray:
         if self.shortcut == "pad":
@@ -87,6 +99,7 @@ class Stage(nn.Module):
     preact: bool
     shortcut: str
     zero_gamma: bool
+    attention: _parts.Attention = ()
 
     @nn.compact
     def __call__(self, x: jnp.ndarray, *, train: bool = False) -> jnp.ndarray:
@@ -98,6 +111,7 @@ class Stage(nn.Module):
                 preact=self.preact,
                 shortcut=self.shortcut,
                 zero_gamma=self.zero_gamma,
+                attention=self.attention,
                 name=f"block{i}",
             )(x, train=train)
         return x
@@ -115,6 +129,9 @@ class ResNet(nn.Module):
       shortcut: "projection" or "pad", where the width changes.
       zero_gamma: start the last BN of each block at scale zero. Off: it hides errors of
         transforms. Without effect in pre-activation networks.
+      attention: a gate in every block, "se" or "sev2", or None.
+      attention_options: (field, value) pairs of `layers.SE` or `layers.SEv2`, and
+        "place" and "tap" as in `compressjax.models.resnet`.
     """
 
     blocks: tuple[int, ...]
@@ -124,9 +141,12 @@ class ResNet(nn.Module):
     preact: bool = False
     shortcut: str = "projection"
     zero_gamma: bool = False
+    attention: str | None = None
+    attention_options: tuple[tuple[str, Any], ...] = ()
 
     @nn.compact
     def __call__(self, x: jnp.ndarray, *, train: bool = False) -> jnp.ndarray:
+        attention = _parts.attention(self.attention, self.attention_options)
         _parts.one_of(self.shortcut, ("projection", "pad"), "shortcut")
         x = _parts.conv(self.width, 3, name="conv1")(x)
         if not self.preact:
@@ -140,6 +160,7 @@ class ResNet(nn.Module):
                 preact=self.preact,
                 shortcut=self.shortcut,
                 zero_gamma=self.zero_gamma,
+                attention=attention,
                 name=f"stage{i + 1}",
             )(x, train=train)
         if self.preact:
@@ -153,7 +174,8 @@ def cifar_resnet(name: str, **fields: Any) -> ResNet:
 
     Args:
       name: resnet8, resnet20, resnet32, resnet56, resnet110, resnet164 (bottlenecks).
-      fields: fields of `ResNet`: num_classes, width, preact, shortcut, ...
+      fields: fields of `ResNet`: num_classes, width, preact, shortcut, attention, ...;
+        attention_options may be a dict.
 
     Raises:
       ValueError: for an unknown name.
@@ -161,4 +183,4 @@ def cifar_resnet(name: str, **fields: Any) -> ResNet:
     >>> cifar_resnet("resnet20", width=8).width
     8
     """
-    return ResNet(**{**_parts.variant(VARIANTS, name), **fields})
+    return ResNet(**{**_parts.variant(VARIANTS, name), **_parts.options(fields)})

@@ -5,6 +5,16 @@ Aggregated Residual Transformations for Deep Neural Networks, CVPR 2017.
 
 Differs: a strided bottleneck strides in its 3x3 convolution, as everyone's reference
 numbers do since 2017, not in its first 1x1.
+
+With ``attention="se"`` or ``"sev2"`` every block has a gate A (Hu, Shen, Sun,
+Squeeze-and-Excitation Networks, CVPR 2018), at one of these places around its branch F:
+
+    "standard"   relu(x + A(F(x)))          "pre"        relu(x + F(A(x)))
+    "post"       A(relu(x + F(x)))          "identity"   relu(A(x) + F(x))
+    "3x3"        after the last convolution but one of F, before its norm
+
+where x has gone through the projection first, if the block has one (not for "pre").
+``tap="preBN"`` at the standard place squeezes the map before the last norm.
 """
 
 from typing import Any
@@ -38,9 +48,15 @@ class Block(nn.Module):
     groups: int
     bottleneck: bool
     zero_gamma: bool
+    attention: _parts.Attention = ()
 
     @nn.compact
     def __call__(self, x: jnp.ndarray, *, train: bool = False) -> jnp.ndarray:
+        def gate(place, u, before_norm=None):
+            return _parts.gate(
+                self.attention, place, u, train=train, before_norm=before_norm
+            )
+
         if self.bottleneck:  # (channels, kernel, stride, groups)
             layers = [
                 (self.inner, 1, 1, 1),
@@ -49,20 +65,21 @@ class Block(nn.Module):
             ]
         else:
             layers = [(self.out, 3, self.stride, 1), (self.out, 3, 1, 1)]
-        y = x
+        y = gate("pre", x)
         for i, (width, kernel, stride, groups) in enumerate(layers, 1):
             last = i == len(layers)
-            y = _parts.conv(
+            conv = _parts.conv(
                 width, kernel, stride=stride, groups=groups, name=f"conv{i}"
             )(y)
+            conv = gate("3x3", conv) if i == len(layers) - 1 else conv
             y = _parts.batch_norm(
                 train=train, name=f"bn{i}", zero_gamma=last and self.zero_gamma
-            )(y)
-            y = y if last else nn.relu(y)
+            )(conv)
+            y = gate("standard", y, conv) if last else nn.relu(y)
         if x.shape[-1] != self.out or self.stride != 1:
             x = _parts.conv(self.out, 1, stride=self.stride, name="shortcut_conv")(x)
             x = _parts.batch_norm(train=train, name="shortcut_bn")(x)
-        return nn.relu(x + y)
+        return gate("post", nn.relu(gate("identity", x) + y))
 
 
 class Stage(nn.Module):
@@ -75,6 +92,7 @@ class Stage(nn.Module):
     groups: int
     bottleneck: bool
     zero_gamma: bool
+    attention: _parts.Attention = ()
 
     @nn.compact
     def __call__(self, x: jnp.ndarray, *, train: bool = False) -> jnp.ndarray:
@@ -86,6 +104,7 @@ class Stage(nn.Module):
                 groups=self.groups,
                 bottleneck=self.bottleneck,
                 zero_gamma=self.zero_gamma,
+                attention=self.attention,
                 name=f"block{i}",
             )(x, train=train)
         return x
@@ -104,6 +123,10 @@ class ResNet(nn.Module):
       stem: "imagenet" (7x7 stride 2, then a 3x3 stride 2 max pool) or "cifar" (3x3).
       zero_gamma: start the last BN of each block at scale zero. Off: it hides errors of
         transforms.
+      attention: a gate in every block, "se" or "sev2", or None.
+      attention_options: (field, value) pairs of `layers.SE` or `layers.SEv2`, and
+        "place" ("standard", "pre", "post", "identity", "3x3") and "tap" ("BN" or
+        "preBN").
     """
 
     blocks: tuple[int, ...]
@@ -114,9 +137,12 @@ class ResNet(nn.Module):
     group_width: int = 0
     stem: str = "imagenet"
     zero_gamma: bool = False
+    attention: str | None = None
+    attention_options: tuple[tuple[str, Any], ...] = ()
 
     @nn.compact
     def __call__(self, x: jnp.ndarray, *, train: bool = False) -> jnp.ndarray:
+        attention = _parts.attention(self.attention, self.attention_options)
         large = _parts.one_of(self.stem, ("imagenet", "cifar"), "stem") == "imagenet"
         kernel, stride = (7, 2) if large else (3, 1)
         x = _parts.conv(self.width, kernel, stride=stride, name="conv1")(x)
@@ -134,6 +160,7 @@ class ResNet(nn.Module):
                 groups=self.groups,
                 bottleneck=self.bottleneck,
                 zero_gamma=self.zero_gamma,
+                attention=attention,
                 name=f"stage{i + 1}",
             )(x, train=train)
         x = x.mean((1, 2))
@@ -145,12 +172,15 @@ def resnet(name: str, **fields: Any) -> ResNet:
 
     Args:
       name: resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d.
-      fields: fields of `ResNet`: num_classes, width, stem, ...
+      fields: fields of `ResNet`: num_classes, width, stem, attention, ...;
+        attention_options may be a dict.
 
     Raises:
       ValueError: for an unknown name.
 
     >>> resnet("resnet50", num_classes=10).blocks
     (3, 4, 6, 3)
+    >>> resnet("resnet50", attention="se", attention_options={"reduction": 8}).attention
+    'se'
     """
-    return ResNet(**{**_parts.variant(VARIANTS, name), **fields})
+    return ResNet(**{**_parts.variant(VARIANTS, name), **_parts.options(fields)})
