@@ -32,7 +32,7 @@ from compressjax.core import errors, rewrite, trees
 from compressjax.core.model import Model, Row, Step, Transform, zeros_like_spec
 from compressjax.core.sites import Site
 from compressjax.merge import _expand_kinds as kinds
-from compressjax.merge._expand_block import Block, fitted
+from compressjax.merge._expand_block import Block, resized
 
 NAME = "merge.expand"
 STATS = "batch_stats"
@@ -243,8 +243,8 @@ def _paths(found, kind: str, variables: Any) -> list[str]:
     out = []
     for site in found:
         parent, _, last = site.leaf.rpartition("/")
-        named = last in ("kernel", "weight", "w") or "/" not in parent
-        base = path = f"{parent}/{kind}" if named else f"{parent}/{last}_{kind}"
+        named = last in ("kernel", "weight", "w")
+        base = path = f"{parent}/{kind if named else f'{last}_{kind}'}"
         k = 0
         while path in taken or _stats_path(path) in taken:
             k += 1
@@ -303,7 +303,7 @@ def _expanded_apply(rewriter: rewrite.Rewriter, blocks: Mapping[str, Block], had
             if block.grown:
                 large = trees.flat(variables)[block.leaf]
                 states[name]["kernel"] = large
-                variables = _with(variables, block.leaf, fitted(large, block.conv))
+                variables = _with(variables, block.leaf, resized(large, block.conv))
         return variables, states
 
     @functools.wraps(inner)

@@ -159,8 +159,8 @@ def _inside(layer: kinds.Layer, y: Any) -> Any:
     return y
 
 
-def fitted(w: Any, conv: kinds.Conv) -> Any:
-    """The middle taps of a kernel in the shape of another, zero beyond, tiled."""
+def resized(w: Any, conv: kinds.Conv) -> Any:
+    """The middle taps of a kernel, or zeros around it: of the size of another."""
     for axis, new in zip(conv.numbers.rhs_spec[2:], conv.size, strict=True):
         k = w.shape[axis]
         if new < k:
@@ -170,6 +170,12 @@ def fitted(w: Any, conv: kinds.Conv) -> Any:
             side = (new - k) // 2
             sides = [(side, side) if i == axis else (0, 0) for i in range(w.ndim)]
             w = jnp.pad(w, sides)
+    return w
+
+
+def fitted(w: Any, conv: kinds.Conv) -> Any:
+    """A kernel resized, and repeated where the other has more channels."""
+    w = resized(w, conv)
     return jnp.tile(w, [n // m for n, m in zip(conv.shape, w.shape, strict=True)])
 
 

@@ -56,10 +56,8 @@ def spread(model: cj.Model, seed: int = 0) -> cj.Model:
 
 
 @functools.cache
-def expanded(kind: str, init: str = "preserve") -> cj.Model:
-    key = jax.random.key(5) if init == "official" else None
-    make = cj.merge.expand(kind, init=init, key=key, kernel_size=7, small=5)
-    return make(network())
+def expanded(kind: str) -> cj.Model:
+    return cj.merge.expand(kind, kernel_size=7, small=5)(network())
 
 
 def rows(model):
@@ -224,7 +222,7 @@ def test_branches_are_one_convolution(kind, name):
     made = cj.merge.expand(kind, kernel_size=7, small=5)(model)
     near = 1e-6 if kind == "replk" else 0  # there zeros are added to the old kernel
     run = jax.jit(made.apply_fn)
-    before, after = (np.asarray(f(v, x)) for f, v in ((model.apply_fn, model.variables), (run, made.variables)))
+    before, after = np.asarray(model(x)), np.asarray(run(made.variables, x))
     np.testing.assert_allclose(after, before, rtol=0, atol=near * np.abs(before).max())
 
     made = spread(made)
@@ -244,3 +242,203 @@ def test_branches_are_one_convolution(kind, name):
     assert np.abs(got - want).max() <= 2e-6 * np.abs(want).max()
     has_identity = "identity" in params[kind]
     assert has_identity == (kind == "repvgg" and name in ("3x3", "depthwise, dilated"))
+
+
+def test_a_network_keeps_its_function_and_reports():
+    run = jax.jit(lambda models: [m(X) for m in models])
+    made = [expanded(kind) for kind in KINDS]
+    before, strips, enlarged = run([network(), made[0], made[3]])
+    np.testing.assert_array_equal(strips, before)
+    near(enlarged, before)  # zeros are added to its kernel
+
+    left = {p: r.reason for p, r in rows(made[0]).items() if r.achieved == "left"}
+    assert left == {
+        "params/pointwise/kernel": "a 1x1 kernel: a smaller one does not exist",
+        "params/head/kernel": "a dense layer: there is no window to place branches in",
+    }
+    assert rows(made[1])["params/dw/kernel"].achieved == "square + pointwise + identity"
+    for model in made:
+        assert model.trainable == network().trainable
+        names = [s.name for s in cj.sites(model)]
+        assert {"params/square/kernel", "params/grouped/kernel"} <= set(names)
+    assert made[3].variables["params"]["dw"]["kernel"].shape == (7, 7, 1, 4)
+
+
+def test_training():
+    """Statistics move as batch norms do, inside the image; all parameters learn."""
+    make = cj.merge.expand(
+        "dbb", "square/kernel", init="official", key=jax.random.key(5)
+    )
+    model = make(network())
+
+    @jax.jit
+    def step(params, stats):
+        def loss(params):
+            variables = {"params": params, "batch_stats": stats}
+            y, new = model.apply_fn(variables, X, train=True, mutable=["batch_stats"])
+            return ((y - 1) ** 2).mean(), new["batch_stats"]
+
+        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        moved = jax.tree.map(lambda p, g: p - 0.02 * g, params, grads)
+        return value, moved, stats, grads
+
+    params, stats = (model.variables[k] for k in ("params", "batch_stats"))
+    first, params, after, grads = step(params, stats)
+    for path, g in trees.flat(grads).items():
+        # a shift before batch norm has no gradient, as the bias of a convolution there
+        assert np.isfinite(g).all() and (g.any() or path.endswith("bias")), path
+    assert jax.tree.structure(after) == jax.tree.structure(stats)
+
+    x, block = np.asarray(X, np.float64), model.variables["params"]["square"]["dbb"]
+    square = conv(x, np.asarray(model.variables["params"]["square"]["kernel"]), ONES)
+    inside = x @ (np.eye(2) + np.asarray(block["stacked_in"]["kernel"])[0, 0])
+    seen = after["square"]["dbb"]
+    for name, y in {"square": square, "stacked_in": inside}.items():
+        mean, var = y.mean((0, 1, 2)), y.var((0, 1, 2))
+        near(seen[name]["bn"]["mean"], 0.1 * mean, atol=1e-6)
+        near(seen[name]["bn"]["var"], 0.9 + 0.1 * var)
+
+    for _ in range(5):
+        value, params, stats, _ = step(params, stats)
+    assert value < first
+
+
+ONES = ((1, 1), (1, 1))
+
+
+def near(a, b, rtol=1e-5, atol=0.0):
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def test_without_the_keyword_train():
+    """A plain function: batches are used, and statistics move, where they may."""
+    model, x = LAYERS["3x3"].model()
+    made = cj.merge.expand("acb")(model)
+    y, new = made.apply_fn(made.variables, x, mutable=["batch_stats"])
+    raw = np.asarray(model(x), np.float64)
+    mean, var = raw.mean((0, 1, 2)), raw.var((0, 1, 2))
+    near(y, (raw - mean) / np.sqrt(var + 1e-5), atol=1e-5)  # new gains are 0
+    stats = new["batch_stats"]["conv"]["acb"]["square"]["bn"]
+    near(stats["mean"], 0.1 * mean, atol=1e-6)
+    assert jax.tree.structure(new["batch_stats"]) == jax.tree.structure(
+        made.variables["batch_stats"]
+    )
+    near(made(x), raw, rtol=0, atol=0)  # evaluation is what it was
+
+
+def test_nnx_and_expanding_twice():
+    module = nnx.Conv(2, 4, (3, 3), padding="VALID", rngs=nnx.Rngs(0))
+    model = cj.from_nnx(module, X)
+    made = cj.merge.expand("repvgg")(cj.merge.expand("acb")(model))
+    assert {s.name for s in cj.sites(made)} == {
+        "params/kernel",
+        *(f"params/{p}/kernel" for p in ("acb/horizontal", "acb/vertical")),
+        *(f"params/{p}/kernel" for p in INNER),
+    }
+    near(made(X), model(X), rtol=0, atol=0)
+    made = spread(made)
+    y, new = made.apply_fn(made.variables, X, train=True, mutable=["batch_stats"])
+    assert jax.tree.structure(new) == jax.tree.structure(
+        {"batch_stats": made.variables["batch_stats"]}
+    )
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()),
+        new["batch_stats"],
+        made.variables["batch_stats"],
+    )
+    assert all(jax.tree.leaves(moved)) and np.isfinite(y).all()
+
+
+INNER = (
+    "repvgg/pointwise",
+    "acb/horizontal/repvgg/pointwise",
+    "acb/vertical/repvgg/pointwise",
+)
+
+
+def test_quantizers_and_channels_see_the_branches():
+    model = spread(expanded("acb"), 2)
+    quantized = cj.quantize.insert(cj.quantize.uniform(16))(model)
+    assert len(quantized.bits) == 11  # 3 sites of 3 branches, 1x1, head
+    run = jax.jit(lambda models: [m(X) for m in models])
+
+    groups = [g for g in cj.prune.groups(model) if g.prunable]
+    makers = {p for g in groups for p, _ in g.producers}
+    strips = ("square", "square/acb/horizontal", "square/acb/vertical")
+    assert {f"params/{p}/kernel" for p in strips} <= makers
+    keep = {g.name: np.arange(g.size) % 2 == 0 for g in groups}
+    masked, shrunk = cj.prune.mask(keep)(model), cj.prune.shrink(keep)(model)
+    assert (
+        shrunk.variables["params"]["square"]["acb"]["vertical"]["kernel"].shape[-1] == 2
+    )
+    was, rounded, full, small = run([model, quantized, masked, shrunk])
+    near(rounded, was, rtol=1e-2, atol=1e-3)
+    near(small, full, atol=1e-5)
+    assert np.abs(full - was).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "options, where, error, text",
+    [
+        ({"kind": "acb"}, "head/kernel", errors.RefusedError, "head/kernel.*dense"),
+        ({"kind": "acb"}, "pointwise/kernel", errors.RefusedError, "a 1x1 kernel"),
+        ({"kind": "replk"}, "square/kernel", errors.RefusedError, "depthwise"),
+        (
+            {"kind": "replk", "kernel_size": 3, "small": 1},
+            "dw/kernel",
+            ValueError,
+            "below",
+        ),
+        ({"kind": "vgg"}, "**", ValueError, "acb, repvgg, dbb, replk"),
+        ({"kind": "acb", "init": "official"}, "**", ValueError, "key"),
+        ({"kind": "replk", "small": 4}, "**", ValueError, "odd"),
+        ({"kind": "acb"}, "nothing", errors.NoMatchError, "nothing"),
+    ],
+)
+def test_refusals(options, where, error, text):
+    with pytest.raises(error, match=text):
+        cj.merge.expand(where=where, **options)(network())
+
+
+def test_sites_that_stay():
+    """Even, transposed, shared, frozen, bare and scanned kernels: a reason for each."""
+
+    def net(v, x):
+        p = v["params"]
+
+        def conv(x, w, **options):
+            numbers = ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(
+                x, w, (1, 1), ONES, dimension_numbers=numbers, **options
+            )
+
+        x = conv(conv(x, p["shared"]["w"]), p["shared"]["w"])
+        x = conv(conv(x, p["even"]["w"]), p["up"]["w"], lhs_dilation=(2, 2))
+        x = conv(conv(x, v["fixed"]["w"]), p["list"][0])
+        x = jax.lax.scan(lambda x, w: (conv(x, w), None), x, p["layers"]["w"])[0]
+        return conv(x, p["good"]["w"]) + conv(x, p["w"])
+
+    w = jnp.ones((3, 3, 2, 2)) / 18
+    params = {k: {"w": w} for k in ("shared", "up", "good")} | {"w": w, "list": [w]}
+    params |= {"even": {"w": w[:2]}, "layers": {"w": jnp.stack([w, w])}}
+    model = cj.from_function(net, {"params": params, "fixed": {"w": w}}, X)
+    made = cj.merge.expand("repvgg")(model)
+    reasons = {p: r.reason for p, r in rows(made).items()}
+    for path, text in {
+        "params/shared/w": "more than once",
+        "params/shared/w#2": "more than once",
+        "params/even/w": "2x3 kernel is even",
+        "params/up/w": "transposed",
+        "fixed/w": "not trained",
+        "params/list/0": "not in a dict",
+        "params/layers/w": "scan",
+    }.items():
+        assert text in reasons.pop(path), path
+    assert reasons == {"params/good/w": "", "params/w": ""}
+    assert set(made.variables["params"]) == {*params, "repvgg"}
+    quantized = cj.quantize.insert(cj.quantize.uniform(8), where="good/w")(model)
+    with pytest.raises(errors.RefusedError, match="expand before you quantize"):
+        cj.merge.expand("repvgg", where="good/w")(quantized)
+    without = {**made.variables, "batch_stats": {}}
+    with pytest.raises(errors.RefusedError, match="Pass all collections"):
+        made.apply_fn(without, X)
