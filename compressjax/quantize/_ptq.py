@@ -186,7 +186,7 @@ def ptq(
         return _guard.guard(batches, reference=model, action=guard)(out)
 
     def transform(model: Model) -> Model:
-        model = fuse()(model)
+        model = fuse(train="evaluation")(model)
         if equalize:
             model = _equalized(model, batches, absorb=equalize == "absorb")
         least = bits if max_drop is None else min(LADDER)

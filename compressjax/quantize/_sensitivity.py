@@ -236,7 +236,7 @@ def sensitivity(
             raise ValueError(f"mode={m!r}: give one or several of {MODES}.")
     if not bits or not modes:
         raise ValueError("give at least one word length and one mode.")
-    model = fuse()(model)
+    model = fuse(train="evaluation")(model)
     pairs = [_golden.pair(b) for b in bits]
     batches = [_calibrate.as_inputs(b) for b in batches]
     board = Switchboard(

@@ -10,7 +10,13 @@ import pytest
 
 import compressjax as cj
 from compressjax.core import errors, trees
-from compressjax.quantize import _reconstruct, _round_walk, insert, learn_rounding, uniform
+from compressjax.quantize import (
+    _reconstruct,
+    _round_walk,
+    insert,
+    learn_rounding,
+    uniform,
+)
 
 NAME = "quantize.learn_rounding"
 
