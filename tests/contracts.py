@@ -91,11 +91,14 @@ def both(weights, inputs):
 MODELS = {
     "rewrite": Contract(cj.rewrite(lambda site, op, x, w: op(x, w / 2) + 1)),
     "capture": Contract(cj.capture(), out=lambda y: y[0]),
-    "merge.fuse": Contract(cj.merge.fuse()),
+    "merge.fuse": Contract(cj.merge.fuse(train="evaluation")),
+    "merge.fuse, for evaluation": Contract(cj.merge.fuse(), trains=False),
     # 16 bits: next to a tie either code may come out, and must stay in round-off.
     "quantize.insert": Contract(cj.quantize.insert(cj.quantize.uniform(16))),
     "quantize.ptq": Contract(cj.quantize.ptq(batches(), bits=16)),
-    "quantize.equalize": Contract(cj.compose(cj.merge.fuse(), cj.quantize.equalize())),
+    "quantize.equalize": Contract(
+        cj.compose(cj.merge.fuse(train="evaluation"), cj.quantize.equalize())
+    ),
     "quantize.correct_bias": Contract(
         cj.compose(
             cj.quantize.ptq(batches(), bits=16), cj.quantize.correct_bias(batches())
@@ -158,8 +161,12 @@ MODELS = {
         grad=False,
         trains=False,
     ),
-    "prune, fuse": Contract(cj.compose(cj.prune.channels(0.5), cj.merge.fuse())),
-    "fuse, prune": Contract(cj.compose(cj.merge.fuse(), cj.prune.channels(0.5))),
+    "prune, fuse": Contract(
+        cj.compose(cj.prune.channels(0.5), cj.merge.fuse(train="evaluation"))
+    ),
+    "fuse, prune": Contract(
+        cj.compose(cj.merge.fuse(train="evaluation"), cj.prune.channels(0.5))
+    ),
     "ptq, prune": Contract(
         cj.compose(cj.quantize.ptq(batches(), bits=16), cj.prune.channels(0.5))
     ),

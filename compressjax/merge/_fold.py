@@ -5,65 +5,28 @@
 In float64 NumPy where the variables are values, else on shapes or tracers.
 """
 
-import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compressjax.core import trace as tracing
-from compressjax.merge import _float64, _program, _segments
+from compressjax.merge import _float64, _segments
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to fuse in one trace, by site name, and why not the others."""
-
-    program: _program.Program
-    segments: tuple[_segments.Segment, ...]
-    reasons: Mapping[str, str]
-    bias: Mapping[str, str]  # {site: path of its bias}
-    dropped: frozenset[str]  # leaves that nothing reads any more
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(s.site.name for s in self.segments)
-
-    def signature(self) -> dict[str, Any]:
-        """{site: what was folded}: must be the same at every trace."""
-        return {s.site.name: s.signature(self.program) for s in self.segments}
-
-
-def fold(plan: Plan, old: Mapping[str, Any]) -> dict[str, Any]:
-    """{path: folded kernel or bias}, of the kind of array the variables are."""
-    paths = plan.program.trace.paths
-    leaves = {i: old[p] for i, p in enumerate(paths)}
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves.values()):
-        return jax.eval_shape(lambda leaves: _compute(plan, leaves), leaves)
-    if any(tracing.is_tracer(x) for x in leaves.values()):
-        return _compute(plan, {i: jnp.asarray(x) for i, x in leaves.items()})
-    out = _compute(plan, {i: _float64.wide(x) for i, x in leaves.items()})
-    placed = {}
-    for path, value in out.items():
-        value = jnp.asarray(value)
-        like = old.get(path)
-        if isinstance(like, jax.Array) and len(like.sharding.device_set) > 1:
-            if like.shape == value.shape:
-                value = jax.device_put(value, like.sharding)
-        placed[path] = value
-    return placed
-
-
-def _compute(plan: Plan, leaves: Mapping[int, Any]) -> dict[str, Any]:
-    known = _float64.Known(plan.program, leaves)
+def arrays(
+    known: _float64.Known,
+    segments: Iterable[_segments.Segment],
+    bias: Mapping[str, str],
+) -> dict[str, Any]:
+    """{path: kernel or bias} of the segments; `bias` has the path of each site's."""
+    program, leaves = known.program, known.leaves
     out: dict[str, Any] = {}
-    for s in plan.segments:
+    for s in segments:
         site = s.site
-        weight = plan.program.eqns[s.index].invars[site.weight_side]
-        like = plan.program.leaf_vars[s.leaf].aval
+        weight = program.eqns[s.index].invars[site.weight_side]
+        like = program.leaf_vars[s.leaf].aval
         w = known(weight)
         t, c = _scale_and_shift(known, s.after, _sizes(site.w, site.w_out_axes))
         t_in, c_in = _scale_and_shift(known, s.before, _input_sizes(site))
@@ -78,9 +41,9 @@ def _compute(plan: Plan, leaves: Mapping[int, Any]) -> dict[str, Any]:
             flat = (np if known.exact else jnp).broadcast_to(scale, w.shape).reshape(-1)
             where = np.argsort(s.indices.reshape(-1))  # a permutation's inverse
             kernel = leaves[s.leaf] * flat[where].reshape(like.shape)
-        out[plan.program.trace.paths[s.leaf]] = kernel.astype(like.dtype)
+        out[program.trace.paths[s.leaf]] = kernel.astype(like.dtype)
         shape = _sizes(site.w, site.w_out_axes)
-        out[plan.bias[site.name]] = b.reshape(shape).astype(like.dtype)
+        out[bias[site.name]] = b.reshape(shape).astype(like.dtype)
     return out
 
 

@@ -19,31 +19,22 @@ stacked biases and standardised weights go too.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from flax.core import scope as flax_scope
 
-from compressjax.core import errors, trees
+from compressjax.core import errors
 from compressjax.core import trace as tracing
-from compressjax.core.model import Model, Row, Step, Transform, spec_of
-from compressjax.merge import _fold, _program, _segments
+from compressjax.core.model import Model, Row, Step, Transform
+from compressjax.merge import _chains, _merge, _replay
 
 # Keywords that choose between training and evaluation: a fused network has only the
 # second, so they stop here.
 TRAINING = ("train", "mutable", "rngs")
 
-# A constant may come back rounded where the variables have been cast since.
-_HALVES = (
-    lambda x: float(np.asarray(x, jnp.dtype("bfloat16"))),
-    lambda x: float(np.float16(x)),
-)
 
-
-def fuse(where: str = "**") -> Transform:
+def fuse(where: str = "**", *, train: str = "raise") -> Transform:
     """A transform that folds batch norm, scales and biases into the layer beside them.
 
     Every site that `where` matches takes in the affine operations after it (and, where
@@ -77,241 +68,65 @@ def fuse(where: str = "**") -> Transform:
     ([[2.0, 0.0], [0.0, 3.0]], [-2.0, -3.0])
     """
 
+    if train not in ("raise", "evaluation"):
+        raise ValueError(f'train is "raise" or "evaluation", not {train!r}.')
+
     def transform(model: Model) -> Model:
-        trace = tracing.trace_model(model)
-        plan = _make_plan(trace, model.trainable, where)
-        step = Step.of("merge.fuse", where=where)
-        rows = _rows(plan)
-        if not plan.segments:
+        settings = {"where": where} | ({} if train == "raise" else {"train": train})
+        step = Step.of("merge.fuse", **settings)
+        folded, chains = _pass(model, _chains.make_plan, where)
+        merged, branches = _pass(folded, _merge.make_plan, where)
+        rows = _rows(chains, branches)
+        if merged is model:
             return model.then(step, report=rows)
-        old = trees.flat(model.variables)
-        paths = plan.program.trace.paths
-        beside = {paths[s.leaf]: plan.bias[s.site.name] for s in plan.segments}
-        variables = _rebuild(
-            model.variables, "", _fold.fold(plan, old), beside, plan.dropped
-        )
+        gone = sorted(chains.dropped | branches.dropped)
+        statistics = [p for p in gone if p.split("/")[0] not in model.trainable]
         return model.then(
             step,
             report=rows,
-            variables=variables,
-            apply_fn=_fused_apply(model, plan, where),
+            variables=merged.variables,
+            apply_fn=_evaluation(
+                model.apply_fn, merged.apply_fn, statistics if train == "raise" else []
+            ),
         )
 
     return transform
 
 
-def _rebuild(
-    node: Any,
-    path: str,
-    new: Mapping[str, Any],
-    beside: Mapping[str, str],
-    dropped: frozenset[str],
-) -> Any:
-    """Variables with new leaves in place, biases beside their kernels, others gone.
+def _pass(model: Model, make_plan: Callable[..., Any], where: str) -> tuple[Model, Any]:
+    """(the Model after one pass, the plan); the Model itself if there was nothing."""
 
-    Dicts stay dicts with their own keys; any other container in which something comes
-    or goes becomes a dict.
-    """
-    if not isinstance(node, Mapping):
-        below = {f"{path}/{p}" if p else path: x for p, x in trees.flat(node).items()}
-        if not (below.keys() & dropped or below.keys() & beside.keys()):
-            return node
-        if path in below:
-            return new.get(path, node)
-        below = {p: x for p, x in below.items() if p not in dropped}
-        below |= {p: new[p] for k in list(below) if k in beside for p in (k, beside[k])}
-        return trees.unflat({p[len(path) + 1 :]: x for p, x in below.items()})
-    out: dict[Any, Any] = {}
-    for key, child in node.items():
-        here = f"{path}/{key}" if path else str(key)
-        if here in dropped:
-            continue
-        changed = _rebuild(child, here, new, beside, dropped)
-        if isinstance(changed, Mapping) and not changed and child:
-            continue  # nothing is left in it
-        out[key] = changed
-        if here in beside:
-            bias = beside[here]
-            out[bias[len(path) + 1 :]] = new[bias]
-    return out
+    def plan(trace: tracing.Trace) -> Any:
+        return make_plan(trace, model.trainable, where)
+
+    first = plan(tracing.trace_model(model))
+    if not first.held:
+        return model, first
+    apply_fn = _replay.apply_of(model.apply_fn, model.variables, first, plan)
+    variables = _replay.rebuild(model.variables, first)
+    return model.replace(variables=variables, apply_fn=apply_fn), first
 
 
-def _rows(plan: _fold.Plan) -> list[Row]:
-    rows = []
-    for name, reason in plan.reasons.items():
-        done = name in plan.names
-        rows.append(Row("merge.fuse", name, True, done, "" if done else reason))
-    return rows
-
-
-def _make_plan(
-    trace: tracing.Trace, trainable: tuple[str, ...], where: str
-) -> _fold.Plan:
-    program = _program.Program(trace, trainable)
-    chosen = program.found.select(where)
-    segments: dict[str, _segments.Segment] = {}
-    reasons: dict[str, str] = {}
-    taken: set[int] = {k[0] for k in program.found.by_key if len(k) == 1}
-    plain = []
-    for key, site in program.found.by_key.items():
-        if site.name not in chosen or site.leaf is None:
-            continue
-        if len(key) != 1 or site.inside:
-            inside = site.inside[0] if site.inside else "an inner program"
-            reasons[site.name] = f"it is inside {inside}: fuse before it is wrapped"
-            continue
-        if key[0] not in program.live:
-            continue
-        plain.append((key[0], site))
-    ends: dict[str, tuple] = {}
-    for index, site in plain:
-        after, why = _segments.grow_after(program, index, site, taken)
-        after = _segments.trim(program, after, last=True)
-        taken |= {op.index for op in after}
-        ends[site.name] = (after, why)
-    for index, site in plain:
-        after, why = ends[site.name]
-        before, _ = _segments.grow_before(program, index, site, taken)
-        before = _foldable_before(program, site, before)
-        segment, why = _segment(program, index, site, before, after, why)
-        reasons[site.name] = why
-        if segment is not None:
-            taken |= {op.index for op in segment.before}
-            segments[site.name] = segment
-    return _finish(program, tuple(segments.values()), reasons)
-
-
-def _foldable_before(program, site, before):
-    """The last operations before a site that it can take in: no shift under padding."""
-    kept = list(before)
-    if _segments.sees_padding(site):
-        shifts = [k for k, op in enumerate(kept) if op.kind in ("add", "sub", "rsub")]
-        kept = kept[shifts[-1] + 1 :] if shifts else kept
-    return _segments.trim(program, kept, last=False)
-
-
-def _segment(program, index, site, before, after, why):
-    """(Segment or None, reason)."""
-    arithmetic = [op for op in after if op.kind != "move"]
-    if not before and (
-        not arithmetic
-        or (len(arithmetic) == 1 and _is_own_bias(program, arithmetic[0]))
-    ):
-        return None, f"nothing to fold: {why}"
-    if site.is_conv and site.params.get("batch_group_count", 1) != 1:
-        return None, "a convolution with batch groups"
-    weight = program.eqns[index].invars[site.weight_side]
-    leaf = program.trace.paths.index(site.leaf)
-    if program.quantized(weight):
-        return None, "its weight is quantized first: fuse before you quantize"
-    if "/" not in site.leaf:
-        return (
-            None,
-            "its weight is a bare array: put it in a dict, its bias goes beside",
-        )
-    indices = _segments.kernel_indices(program, weight, leaf)
-    if program.used_elsewhere(leaf, index):
-        return None, "its weight is used elsewhere too"
-    segment = _segments.Segment(site, index, tuple(before), tuple(after), leaf, indices)
-    return segment, why
-
-
-def _is_own_bias(program, op) -> bool:
-    """A bare sum with one variable: the layer has its bias already."""
-    return op.kind == "add" and bool(
-        not isinstance(op.operand, tracing.Literal)
-        and len(program.leaves.get(op.operand, ())) == 1
-    )
-
-
-def _needs(program, segments) -> dict[int, list[Any]]:
-    """{equation: the operands it still reads} once the segments are fused."""
-    needs: dict[int, list[Any]] = {}
-    for s in segments:
-        eqn = program.eqns[s.index]
-        x, w = eqn.invars[1 - s.site.weight_side], eqn.invars[s.site.weight_side]
-        needs[s.index] = [x, program.leaf_vars[s.leaf] if s.indices is None else w]
-        for op in (*s.before, *s.after):
-            needs[op.index] = [op.value]
-    return needs
-
-
-def _finish(program, segments, reasons) -> _fold.Plan:
-    """Names for the biases, and the leaves that nothing reads any more."""
-    before = program.live_leaves({})
-    after = program.live_leaves(_needs(program, segments))
-    paths = program.trace.paths
-    dropped = {paths[i] for i in before - after}
-    held = set(paths) - dropped
-    bias = {}
-    for s in segments:
-        parent, _, last = s.site.leaf.rpartition("/")
-        base = f"{parent}/{'b' if last == 'w' else 'bias'}"
-        path, k = base, 0
-        while path in held:
-            k += 1
-            path = f"{base}_{k}"
-        bias[s.site.name] = path
-        held.add(path)
-    return _fold.Plan(program, segments, reasons, bias, frozenset(dropped))
-
-
-def _fused_apply(model: Model, first: _fold.Plan, where: str):
-    paths = trees.paths(model.variables)
-    specs = dict(zip(paths, jax.tree.leaves(model.variables), strict=True))
-    specs = {p: spec_of(x) for p, x in specs.items()}
-    tree = jax.tree.structure(model.variables)
-    inner, trainable = model.apply_fn, model.trainable
-    folded = first.signature()
-    as_used = {
-        s.site.leaf for s in first.segments if s.indices is None
-    }  # hold the kernel as the product reads it, maybe of another shape
-
-    def original(values: Mapping[str, Any]) -> Any:
-        """The variables before fusing; a shape stands for one that is gone."""
-        gone = first.dropped | as_used
-        # Cast since (to bfloat16, say)? Then what is gone would have been cast too.
-        cast = {specs[p].dtype: values[p].dtype for p in paths if p not in gone}
-
-        def leaf(path: str) -> Any:
-            if path not in gone:
-                return values[path]
-            spec = specs[path]
-            return jax.ShapeDtypeStruct(spec.shape, cast.get(spec.dtype, spec.dtype))
-
-        return jax.tree.unflatten(tree, [leaf(p) for p in paths])
-
-    def same(now: Mapping[str, Any], then: Mapping[str, Any], name: str) -> bool:
-        if name not in now or name not in then:
-            return False
-        (kinds, a), (kinds_then, b) = now[name], then[name]
-        return kinds == kinds_then and all(
-            x == y or any(x == half(y) for half in _HALVES)
-            for x, y in zip(a, b, strict=True)
-        )
+def _evaluation(inner: Callable[..., Any], fused: Callable[..., Any], statistics):
+    """`fused` with the keywords of training mode taken off."""
 
     @functools.wraps(inner)
     def apply_fn(variables, *args, **kwargs):
-        values = trees.flat(variables)
         kwargs = dict(kwargs)
+        if kwargs.get("train") and statistics:
+            raise errors.RefusedError(
+                f"its batch statistics are folded into its weights ({statistics[0]} "
+                f"and {len(statistics) - 1} more), so it has no training mode.",
+                path=statistics[0],
+                operation="merge.fuse",
+                remedy="Train the network before fusing it, and fuse it again; or call "
+                'it without train=True; or fuse(train="evaluation") to finetune it as '
+                "plain layers.",
+            )
         mutable = kwargs.pop("mutable", False)
         for name in TRAINING:
             kwargs.pop(name, None)
-        trace = tracing.trace(inner, original(values), args, kwargs)
-        plan = _make_plan(trace, trainable, where)
-        now = plan.signature()
-        changed = plan.dropped ^ first.dropped
-        changed |= {n for n in now.keys() | folded.keys() if not same(now, folded, n)}
-        if changed:
-            changed = sorted(changed)
-            raise errors.StructureChangedError(
-                f"the segments are not those that were fused: {changed}.",
-                path=changed[0],
-                operation="merge.fuse",
-                remedy="Call it in evaluation mode, or make and fuse the Model again.",
-            )
-        outs = _run(plan, values)
-        out = jax.tree.unflatten(trace.out_tree, outs)
+        out = fused(variables, *args, **kwargs)
         if mutable is False:
             return out
         kept = {k: v for k, v in variables.items() if flax_scope.in_filter(mutable, k)}
@@ -320,46 +135,23 @@ def _fused_apply(model: Model, first: _fold.Plan, where: str):
     return apply_fn
 
 
-def _run(plan: _fold.Plan, values: Mapping[str, Any]) -> list[Any]:
-    """Evaluate the program with its segments fused."""
-    program = plan.program
-    trace, jaxpr = program.trace, program.jaxpr
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, program.closed.consts, strict=True))
-    for var, path, value in zip(
-        jaxpr.invars, trace.paths, trace.in_values, strict=False
-    ):
-        env[var] = values.get(path, value)
-    n = len(trace.paths)
-    env.update(zip(jaxpr.invars[n:], trace.in_values[n:], strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, tracing.Literal) else env[atom]
-
-    sites = {s.index: s for s in plan.segments}
-    ops = {op.index: op for s in plan.segments for op in (*s.before, *s.after)}
-    for i in sorted(program.liveness(_needs(program, plan.segments))):
-        eqn = program.eqns[i]
-        with tracing.context_of(eqn):
-            if i in sites:
-                outs = [_at_site(eqn, sites[i], read, plan, values)]
-            elif i in ops and ops[i].kind != "move":
-                outs = [read(ops[i].value).astype(eqn.outvars[0].aval.dtype)]
-            else:
-                outs = tracing.bind(eqn, [read(a) for a in eqn.invars])
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(a) for a in jaxpr.outvars]
-
-
-def _at_site(eqn, segment, read, plan: _fold.Plan, values: Mapping[str, Any]) -> Any:
-    site = segment.site
-    x = read(eqn.invars[1 - site.weight_side])
-    if segment.indices is None:
-        w = jnp.asarray(values[site.leaf]).astype(site.w.dtype)
-        w = tracing.varying_as(w, eqn.invars[site.weight_side].aval)
-    else:
-        w = read(eqn.invars[site.weight_side])
-    y = tracing.bind(eqn, [x, w] if site.weight_side else [w, x])[0]
-    b = jnp.asarray(values[plan.bias[site.name]]).astype(y.dtype)
-    order = np.argsort(site.out_axes)
-    shape = [n if a in site.out_axes else 1 for a, n in enumerate(y.shape)]
-    return y + b.transpose(order).reshape(shape)
+def _rows(chains: _chains.Plan, branches: _merge.Plan) -> list[Row]:
+    """A row for each site: folded, merged into which, or why it was left."""
+    merged = branches.merged()
+    guests: dict[str, list[str]] = {}
+    for name, host in merged.items():
+        if name != host:
+            guests.setdefault(host, []).append(name)
+    rows = []
+    for name, reason in chains.reasons.items():
+        done: bool | str = name in chains.names
+        reason = "" if done else reason
+        if name in guests:
+            done, reason = f"merged with {', '.join(guests[name])}", ""
+        elif name in merged:
+            into = merged[name]
+            done, reason = "merged" if into == name else f"merged into {into}", ""
+        elif name in branches.why:
+            reason = "; ".join(r for r in (reason, branches.why[name]) if r)
+        rows.append(Row("merge.fuse", name, True, done, reason))
+    return rows

@@ -557,8 +557,34 @@ def test_the_second_call_does_not_trace(pair):
     assert len(seen) == 1
 
 
-def test_it_trains_as_plain_layers(pair):
+def test_training_mode_is_refused_once_statistics_are_folded(pair):
+    """Its batch norms are gone: what trains would not be the network that was fused."""
     _, fused = pair
+    x = batch((2, 8, 8, 3))
+    with pytest.raises(errors.RefusedError, match="merge.fuse.*batch statistics"):
+        fused(x, train=True)
+    with pytest.raises(errors.RefusedError, match='fuse.train="evaluation"'):
+        jax.eval_shape(lambda v: fused.apply_fn(v, x, train=True), fused.variables)
+    out, kept = fused(x, train=False, mutable=["batch_stats"], rngs=None)
+    np.testing.assert_array_equal(out, fused(x))
+    assert kept == {}
+    plain = cj.from_function(
+        lambda v, x, train=False: x @ v["params"]["w"] * 2.0 @ v["params"]["u"],
+        {"params": {"w": jnp.eye(4), "u": jnp.eye(4)}},
+        jnp.ones((2, 4)),
+    )
+    plain = fuse()(plain)
+    assert [r.achieved for r in plain.report] == [
+        "merged with params/u", "merged into params/w"
+    ]  # fmt: skip
+    assert plain(jnp.ones((2, 4)), train=True)[0, 0] == 2.0  # no statistics, no refusal
+    with pytest.raises(ValueError, match="evaluation"):
+        fuse(train="never")
+
+
+def test_it_trains_as_plain_layers(pair):
+    model, _ = pair
+    fused = fuse(train="evaluation")(model)
     x = batch((2, 8, 8, 3))
 
     def loss(params):

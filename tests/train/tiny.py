@@ -32,7 +32,7 @@ def prune(model, ctx):
 def quantize(model, ctx):
     weights, inputs = cj.quantize.uniform(4), cj.quantize.uniform(8)
     insert = cj.quantize.insert(weights, inputs, batches=ctx.batches)
-    return cj.compose(cj.merge.fuse(), insert)(model)
+    return cj.compose(cj.merge.fuse(train="evaluation"), insert)(model)
 
 
 def pack(model, ctx):
