@@ -156,8 +156,8 @@ def measure(config: configs.Config, models: list[cj.Model]) -> list[list[dict]]:
             calls[i, "plain"] = caller(sized)
             if not model.bits:
                 shapes = tuple((s.name, s.x.shape, s.w.shape) for s in cj.sites(sized))
-                tuned = cj.deploy.tune(choices=chosen.get(shapes))(sized)
-                chosen[shapes] = tuned.history[-1].settings["choices"]
+                tuned = cj.deploy.tune(**chosen.get(shapes, {}))(sized)
+                chosen[shapes] = tuned.history[-1].settings
                 calls[i, "tuned"] = caller(tuned)
         seconds = timings(calls, config.report.rounds)
         for i in range(len(models)):

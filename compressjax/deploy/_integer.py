@@ -47,7 +47,7 @@ import jax.numpy as jnp
 from compressjax.core import errors, lowered, trees
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model, Row, Step, Transform
-from compressjax.deploy import _choices, _tune
+from compressjax.deploy import _choices, _microbatch, _tune
 from compressjax.deploy._pack import Pack, pack
 from compressjax.deploy._products import Product
 from compressjax.deploy._program import Program
@@ -60,6 +60,7 @@ def integer(
     choices: Mapping[str, Any] | None = None,
     batch_sizes: Sequence[int] = (),
     weight_only: bool = False,
+    microbatch: int | str | None = "auto",
     plan: Mapping[str, Any] | None = None,
 ) -> Transform:
     """A transform that packs a fake-quantized network into integer arithmetic.
@@ -74,6 +75,8 @@ def integer(
       weight_only: store the weights in their bits and compute in float: each is made
         again inside the function, s (v - z), bit for bit the fake-quantized weight.
         Inputs may be float, and steps may vary along the sum (groups).
+      microbatch: examples computed at a time, as in `deploy.tune`; "auto": all unless
+        `tune` finds 16 faster.
       plan: what an earlier packing of the same network found; `deploy.load` gives it.
 
     Returns:
@@ -135,18 +138,32 @@ def integer(
             lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), model.variables
         )
         table = _choices.check(choices or {}, packing.products)
+        sizes = tuple(batch_sizes) or (None,)
+        tried = tune and microbatch == "auto" and _tune.in_parts(model, sizes)
         if tune:
-            products = _products(model, specs, found, variables, batch_sizes)
+            more = (_microbatch.EXAMPLES,) if tried else ()
+            products = _products(model, specs, found, variables, (*sizes, *more))
             table = _tune.pick_codes(products, known=table)
         how = functools.partial(_apply, model.apply_fn, specs, found, model.trainable)
-        apply_fn = Integer(
-            fast=how(table), plain=how(None), portable=how({}, store=False)
-        )
+        fast, plain = how(table), how(None)
+        examples = _microbatch.given(microbatch)
+        if tried:
+            examples = _tune.pick_microbatch(fast, plain, variables, model, sizes)
+        if examples is not None:
+            fast = _microbatch.split(fast, examples, plain)
+        apply_fn = Integer(fast=fast, plain=plain, portable=how({}, store=False))
         return model.then(
             Step.of(
-                "deploy.integer", choices=table, plan=found, weight_only=weight_only
+                "deploy.integer",
+                choices=table,
+                plan=found,
+                weight_only=weight_only,
+                microbatch=examples,
             ),
-            report=_report(packing, found, weight_only),
+            report=[
+                *_report(packing, found, weight_only),
+                *_tune.microbatch_rows("deploy.integer", examples),
+            ],
             apply_fn=apply_fn,
             variables=variables,
             bits={**packing.bits, **model.bits},
@@ -263,10 +280,9 @@ class _Static:
 
 
 def _products(model, specs, found, variables, batch_sizes) -> list[Product]:
-    """The integer products at each batch size."""
-    sizes = tuple(batch_sizes) or (None,)
+    """The integer products at each batch size; None: that of the Model's inputs."""
     products: list[Product] = []
-    for size in sizes:
+    for size in batch_sizes:
         args = model.inputs
         if size is not None:
             args = jax.tree.map(

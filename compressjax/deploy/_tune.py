@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from compressjax.core import lowered, rewrite
+from compressjax.core import trace as tracing
 from compressjax.core.model import Model, Row, Step, Transform
-from compressjax.deploy import _choices, _forms, _lowerings
+from compressjax.deploy import _choices, _forms, _lowerings, _microbatch
 
 _ROUNDS = 7
 _SECONDS = 0.004  # the least one timing takes
@@ -32,6 +33,7 @@ def tune(
     choices: Mapping[str, Any] | None = None,
     batch_sizes: Sequence[int] = (),
     backward: bool = False,
+    microbatch: int | str | None = "auto",
 ) -> Transform:
     """A transform that computes each convolution in the way that is fastest here.
 
@@ -43,6 +45,10 @@ def tune(
       batch_sizes: batch sizes to time; default that of the Model's inputs. Any other
         one takes the choice of the nearest.
       backward: time the gradients of both operands too, for training.
+      microbatch: examples computed at a time, where no operation mixes them (batch norm
+        in training mode does; the batch is then computed whole). "auto": 16 or all,
+        whichever is faster for the whole network; all with `choices`, `backward`,
+        several devices, or less than 32 examples. None: all.
 
     Returns:
       Model -> Model with the same variables. The result is that of the float network up
@@ -60,12 +66,16 @@ def tune(
 
     def transform(model: Model) -> Model:
         rewriter = rewrite.Rewriter(model, where)
+        examples = _microbatch.given(microbatch)
         if choices is not None:
             table = _choices.check(choices, sorted(rewriter.names))
         else:
             table = {}
             timed: dict[Any, str] = {}
-            for size in tuple(batch_sizes) or (None,):
+            sizes = tuple(batch_sizes) or (None,)
+            tried = microbatch == "auto" and not backward and in_parts(model, sizes)
+            more = (_microbatch.EXAMPLES,) if tried else ()
+            for size in (*sizes, *more):
                 for site in _sites(model, where, size):
                     key = _key(site.primitive, site.params, site.x, site.w)
                     if key not in timed:
@@ -85,16 +95,61 @@ def tune(
         def fast(variables, *args, **kwargs):
             return rewriter(rule, {}, variables, args, kwargs)[0]
 
+        plain = lowered.plain(model.apply_fn)
+        if choices is None and tried:
+            examples = pick_microbatch(fast, plain, model.variables, model, sizes)
+        run = fast if examples is None else _microbatch.split(fast, examples, plain)
         return model.then(
-            Step.of("deploy.tune", choices=table, where=where),
+            Step.of("deploy.tune", choices=table, where=where, microbatch=examples),
             report=[
-                Row("deploy.tune", name, "fastest", ", ".join(e[1] for e in entries))
-                for name, entries in table.items()
+                *(
+                    Row("deploy.tune", n, "fastest", ", ".join(e[1] for e in entries))
+                    for n, entries in table.items()
+                ),
+                *microbatch_rows("deploy.tune", examples),
             ],
-            apply_fn=lowered.Lowered(fast=fast, plain=lowered.plain(model.apply_fn)),
+            apply_fn=lowered.Lowered(fast=run, plain=plain),
         )
 
     return transform
+
+
+def in_parts(model: Model, sizes: Sequence[int | None]) -> bool:
+    """Is computing a few examples at a time worth a try?"""
+    if jax.device_count() > 1 or len(sizes) > 1:
+        return False
+    batch = {s.shape[0] for s in _inputs(model, sizes[0]) if s.ndim}
+    return len(batch) == 1 and min(batch) >= 2 * _microbatch.EXAMPLES
+
+
+def pick_microbatch(
+    fast: Any, plain: Any, variables: Any, model: Model, sizes: Sequence[int | None]
+) -> int | None:
+    """How many examples at a time are fastest for the whole network; None: all."""
+    args = tuple(_fill(s) for s in _inputs(model, sizes[0]))
+    if _microbatch.mixes(tracing.trace(plain, variables, args)):
+        return None
+    few = _microbatch.split(fast, _microbatch.EXAMPLES, plain)
+    variables = jax.tree.map(
+        lambda v: _fill(v) if isinstance(v, jax.ShapeDtypeStruct) else v, variables
+    )
+    picked = _fastest({"whole": fast, "few": few}, (variables, *args))
+    return _microbatch.EXAMPLES if picked == "few" else None
+
+
+def microbatch_rows(transform: str, examples: Any) -> list[Row]:
+    if examples is None:
+        return []
+    return [Row(transform, "**", "fastest", f"{examples} examples at a time")]
+
+
+def _inputs(model: Model, size: int | None) -> list[jax.ShapeDtypeStruct]:
+    return [
+        jax.ShapeDtypeStruct((size or s.shape[0], *s.shape[1:]), s.dtype)
+        if s.ndim
+        else s
+        for s in jax.tree.leaves(model.inputs)
+    ]
 
 
 def _sites(model: Model, where: str, size: int | None):
