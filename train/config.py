@@ -73,7 +73,7 @@ class Hosts:
 
 @dataclasses.dataclass
 class Report:
-    """What the report measures: latency at these batch sizes, in so many rounds."""
+    """What the report measures: latency at these batch sizes (none: ()), in rounds."""
 
     enabled: bool = True
     batches: tuple[int, ...] = (1, 32)

@@ -227,7 +227,9 @@ def costs(found: dict[str, Any]) -> str:
 
 
 def latency(found: dict[str, Any]) -> str:
-    """Measured milliseconds of each stage, plain XLA and tuned."""
+    """Measured milliseconds of each stage, plain XLA and tuned; "" if none were."""
+    if not found["stages"][0]["latency"]:
+        return ""
     with matplotlib.rc_context(STYLE):
         stages = found["stages"]
         names = [stage["name"] for stage in stages]

@@ -46,7 +46,7 @@ def write(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure, print, and write report.json and report.html in `root`."""
-    say("measuring latency ...")
+    say("measuring latency ..." if config.report.batches else "writing the report ...")
     found = collect(config, root, models, rows)
     checkpoints.write_text(root / "report.json", json.dumps(found, indent=1))
     from train import page
@@ -314,6 +314,8 @@ def show(found: dict[str, Any]) -> None:
     out.print(grid)
     for note in notes(found):
         out.print(note, style="dim")
+    if not found["stages"][0]["latency"]:
+        return
     grid = table.Table(box=box.SIMPLE_HEAD)
     grid.add_column("latency, median", style="cyan", no_wrap=True)
     for row in found["stages"][0]["latency"]:
