@@ -10,6 +10,7 @@ from compressjax import optim as optim
 from compressjax import prune as prune
 from compressjax import quantize as quantize
 from compressjax._explain import explain as explain
+from compressjax._receptive_field import receptive_field as receptive_field
 from compressjax.core.doors import from_equinox as from_equinox
 from compressjax.core.doors import from_function as from_function
 from compressjax.core.doors import from_linen as from_linen

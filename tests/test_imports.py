@@ -12,7 +12,7 @@ HEIGHTS = [
     {"quantize"},
     {"prune", "binary", "factor", "ood", "deploy", "models"},
     {"search", "reid", "optim"},
-    {"_explain"},
+    {"_explain", "_receptive_field"},
     {"__init__"},
 ]
 HEIGHT = {room: i for i, rooms in enumerate(HEIGHTS) for room in rooms}

@@ -11,8 +11,8 @@ XLA's own takes K^2 steps a pixel, and slow ones (on CPU). The other ways:
                others are cut off, and lo, hi move with them. With padding (K - 1) / 2
                and stride 1 that leaves 2H - 1 taps at most. Exact. Every way below
                crops first.
-    fft        The convolution theorem. Wrapped around at L >= H + max(lo, hi), the zeros
-               of both borders are the same ones, and each output is still right.
+    fft        The convolution theorem. Wrapped around at L >= H + max(lo, hi), the
+               zeros of both borders are the same, and each output is still right.
     toeplitz   Row i of x meets row j of y through a band matrix made of one row of the
                kernel, T[i, j] = w[i - j s + lo]. For each output row one matrix product
                a channel, over the rows of x that it reads: more products than direct
@@ -76,6 +76,22 @@ def touching(window: Window, space: Sequence[int], taps: Sequence[int]) -> list[
     return found
 
 
+def cropped(
+    window: Window, space: Sequence[int], taps: Sequence[int]
+) -> tuple[Window, list[range]]:
+    """The window of the taps that meet data, and those taps; all if none does."""
+    kept = touching(window, space, taps)
+    if not all(kept):
+        return window, [range(k) for k in taps]
+    padding = tuple(
+        (lo - t.start * d, hi - (k - t.stop) * d)
+        for t, k, (lo, hi), d in zip(
+            kept, taps, window.padding, window.w_dilation, strict=True
+        )
+    )
+    return window._replace(padding=padding), kept
+
+
 def crop(window: Window, x: Any, w: Any) -> tuple[Window, Any]:
     """The kernel without the taps that meet no data, and its window.
 
@@ -84,17 +100,8 @@ def crop(window: Window, x: Any, w: Any) -> tuple[Window, Any]:
       x: f32[N, *space, C].
       w: f32[*taps, 1, C m].
     """
-    kept = touching(window, x.shape[1:-1], w.shape[:-2])
-    if not all(kept):
-        return window, w
-    padding = tuple(
-        (lo - t.start * d, hi - (k - t.stop) * d)
-        for t, k, (lo, hi), d in zip(
-            kept, w.shape[:-2], window.padding, window.w_dilation, strict=True
-        )
-    )
-    w = w[tuple(slice(t.start, t.stop) for t in kept)]
-    return window._replace(padding=padding), w
+    window, kept = cropped(window, x.shape[1:-1], w.shape[:-2])
+    return window, w[tuple(slice(t.start, t.stop) for t in kept)]
 
 
 def _simple(window: Window, x: Any, w: Any) -> tuple[Window, Any, Any]:
@@ -184,9 +191,9 @@ def toeplitz(window: Window, x: Any, w: Any, dot: Dot) -> jax.Array:
       dot: (C, M, K) x (C, K, N) -> (C, M, N).
     """
     if x.ndim == 3:  # one axis: a map one row high
-        flat = Window((1,), ((0, 0),), (1,), (1,))
-        window = Window(*(a + b for a, b in zip(flat, window, strict=True)))
-        return toeplitz(window, x[:, None], w[None], dot)[:, 0]
+        s, p, dx, dw = window
+        flat = Window((1, *s), ((0, 0), *p), (1, *dx), (1, *dw))
+        return toeplitz(flat, x[:, None], w[None], dot)[:, 0]
     window, x, w = _simple(window, x, w)
     n, h, width, c = x.shape
     kh, kw, _, o = w.shape
@@ -233,6 +240,70 @@ def _bands(w: Any, n: int, out: int, stride: int, lo: int) -> Any:
     v = jnp.broadcast_to(v[..., None, :], (*lead, out, size)).reshape(*lead, -1)
     v = v[..., before : before + out * (size - stride)]
     return v.reshape(*lead, out, size - stride)[..., :n]
+
+
+def estimate(
+    window: Window, space: Sequence[int], taps: Sequence[int]
+) -> tuple[float, float]:
+    """Nanoseconds a map and channel on one CPU core: (XLA's own cropped, FFT).
+
+    With T taps that meet data and FFTs of L = L1 L2 points,
+
+        direct = (18 + 0.8 T) outputs        fft = 0.9 L log2 L
+
+    fitted to the table of `choose`; the gradients of both operands take about twice
+    as long, in both.
+    """
+    window, kept = cropped(window, space, taps)
+    few = [len(t) for t in kept]
+    outputs = math.prod(window.out(space, few))
+    padding = tuple((max(lo, 0), max(hi, 0)) for lo, hi in window.padding)
+    full = [(m - 1) * d + 1 for m, d in zip(space, window.x_dilation, strict=True)]
+    points = math.prod(fft_sizes(window._replace(padding=padding), full, few))
+    return (18 + 0.8 * math.prod(few)) * outputs, 0.9 * points * math.log2(points + 1)
+
+
+def choose(
+    window: Window, space: Sequence[int], taps: Sequence[int], platform: str = "cpu"
+) -> str:
+    """The method to take without a measurement: what is fastest as a rule.
+
+    On CPU the FFT, from 25 taps that meet data on, if `estimate` says that it wins by
+    half as much again. On other platforms nothing was measured: XLA's own, cropped.
+    `deploy.tune` measures. Milliseconds of one core (XLA of jax 0.10.2, AVX-512), 64
+    channels, batch 4, stride 1, padding K // 2, forward / both gradients:
+
+        px  kernel      direct            fft          toeplitz
+         7       3    0.31 / 0.43     0.12 / 0.19     0.12 / 0.42
+         7       7    0.77 / 1.53     0.18 / 0.28     0.22 / 0.81
+         7      13    10.3 / 15.6     0.59 / 1.10     0.27 / 1.21
+        14       3    1.15 / 1.63     0.35 / 0.74     0.40 / 1.63
+        14       5    2.02 / 3.42     0.66 / 1.55     0.95 / 3.90
+        14       7    2.79 / 5.06     0.60 / 1.33     1.18 / 3.80
+        14      13    7.57 / 15.0     0.73 / 1.23     2.79 / 6.28
+        28       3    4.43 / 6.12     1.28 / 2.11     1.25 / 11.0
+        28       5    11.0 / 10.9     2.20 / 3.82     3.21 / 16.8
+        28       7    10.4 / 21.9     1.96 / 3.21     4.69 / 41.2
+        28      13    29.2 / 55.6     2.03 / 3.30     10.7 / 72.2
+        56       3    17.8 / 38.7     6.12 / 11.6     7.59 / 163
+        56       7    41.5 / 100.0    6.66 / 9.98     46.2 / 312
+        56      13     136 / 270      9.77 / 12.3      136 / 623
+
+    by ``python -m benchmarks.reparam --crossover``. Small kernels gain too, but forward
+    `deploy.tune` has something faster for them (shifted maps).
+
+    >>> w = Window((1, 1), ((15, 15),) * 2, (1, 1), (1, 1))
+    >>> choose(w, (32, 32), (31, 31)), choose(w, (14, 14), (31, 31), "tpu")
+    ('fft', 'crop')
+    >>> choose(w._replace(padding=((1, 1),) * 2), (32, 32), (3, 3))
+    'direct'
+    """
+    met = math.prod(len(t) for t in cropped(window, space, taps)[1])
+    if platform == "cpu" and met >= 25 and len(space) <= 3:
+        own, fast = estimate(window, space, taps)
+        if own > 1.5 * fast:
+            return "fft"
+    return "crop" if met < math.prod(taps) else "direct"
 
 
 def run(method: str, window: Window, x: Any, w: Any, **how: Any) -> jax.Array:

@@ -51,6 +51,9 @@ EXACT = 2**24  # float32 holds every integer up to here
 # 10 to 16 ms for 19 MiB, where 8 images at a time take 2 to 4).
 _PATCHES = 2**24
 
+# A depthwise convolution estimated this many times slower than its FFT is not timed.
+_HOPELESS = 20
+
 
 def float_product(
     name: str, primitive: str, params: Mapping[str, Any], x: Any, w: Any
@@ -273,13 +276,33 @@ def candidates(
             names += [f"{form}:late-bfloat16{cut}"] if parts <= 4 else []
         elif form == "rows" or form.startswith("im2col/"):
             names += [f"{form}:late-bfloat16{cut}"] if parts <= 4 else []
-    return tuple(names)
+    return tuple(names) or ("conv:int8",)
 
 
-def default_codes(primitive: str, params: Mapping[str, Any]) -> str:
+def default_float(
+    params: Mapping[str, Any], x: jax.ShapeDtypeStruct, w: jax.ShapeDtypeStruct
+) -> str:
+    """The lowering of a float convolution by rule, where nothing is timed."""
+    conv = _forms.Conv.of(params)
+    _, *space, _ = conv.x_last(x.shape)
+    *taps, i, _ = conv.w_last(w.shape)
+    if conv.groups == 1 or i != 1 or conv.batch_groups > 1 or not taps:
+        return "conv"
+    name = depthwise.choose(conv.window, space, taps, jax.default_backend())
+    return "conv" if name == "direct" else name
+
+
+def default_codes(
+    primitive: str, params: Mapping[str, Any], w: jax.ShapeDtypeStruct
+) -> str:
     """A lowering of codes that is never bad, for sites that were not tuned."""
-    plain = primitive == "dot_general" or params["batch_group_count"] > 1
-    return "conv:int8" if plain else "im2col:int8"
+    if primitive == "dot_general" or params["batch_group_count"] > 1:
+        return "conv:int8"
+    conv = _forms.Conv.of(params)
+    *taps, i, _ = conv.w_last(w.shape)
+    if conv.groups > 1 and i == 1 and math.prod(taps) > 49:  # too many for patches
+        return "toeplitz:int8" if len(taps) <= 2 else "conv:int8"
+    return "im2col:int8"
 
 
 def _conv_forms(
@@ -294,7 +317,7 @@ def _conv_forms(
     if min(out) < 1 or min(space) < 1:
         return forms
     if conv.groups > 1 and i == 1:
-        return forms + _depthwise_forms(conv, space, taps, out)
+        return _depthwise_forms(conv, space, taps, out)
     n_taps, pixels = math.prod(taps), math.prod(out)
     if n_taps > 256:
         return forms
@@ -320,16 +343,20 @@ def _conv_forms(
 
 
 def _depthwise_forms(conv: _forms.Conv, space, taps, out) -> list[str]:
-    kept = [len(t) for t in depthwise.touching(conv.window, space, taps)]
-    forms = []
-    if math.prod(kept) <= 49:
-        forms.append("shifts")
-    if math.prod(kept) < math.prod(taps):
+    met = [len(t) for t in depthwise.touching(conv.window, space, taps)]
+    if not all(met):
+        return ["conv"]
+    forms = ["conv"]
+    if math.prod(met) < math.prod(taps):
         forms.append("crop")
-    if not min(kept):
-        return forms
-    if max(kept) >= 5 and len(space) <= 3:
+    if jax.default_backend() == "cpu":
+        own, fast = depthwise.estimate(conv.window, space, taps)
+        if own > _HOPELESS * fast:  # a call may take seconds, and tune calls often
+            forms.clear()
+    if math.prod(met) <= 49:
+        forms.append("shifts")
+    if max(met) >= 5 or not forms:
         forms.append("fft")
-    if max(kept) >= 5 and len(space) <= 2 and max(out) <= 64:
+    if max(met) >= 5 and len(space) <= 2 and max(out) <= 64:
         forms.append("toeplitz")
     return forms

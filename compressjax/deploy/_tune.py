@@ -34,6 +34,7 @@ def tune(
     batch_sizes: Sequence[int] = (),
     backward: bool = False,
     microbatch: int | str | None = "auto",
+    timed: bool = True,
 ) -> Transform:
     """A transform that computes each convolution in the way that is fastest here.
 
@@ -49,6 +50,8 @@ def tune(
         in training mode does; the batch is then computed whole). "auto": 16 or all,
         whichever is faster for the whole network; all with `choices`, `backward`,
         several devices, or less than 32 examples. None: all.
+      timed: False: no clock. Large depthwise kernels take the rule
+        `core.depthwise.choose` of this backend, everything else XLA's own operation.
 
     Returns:
       Model -> Model with the same variables. The result is that of the float network up
@@ -71,16 +74,21 @@ def tune(
             table = _choices.check(choices, sorted(rewriter.names))
         else:
             table = {}
-            timed: dict[Any, str] = {}
+            picked: dict[Any, str] = {}
             sizes = tuple(batch_sizes) or (None,)
-            tried = microbatch == "auto" and not backward and in_parts(model, sizes)
+            tried = timed and microbatch == "auto" and not backward
+            tried = tried and in_parts(model, sizes)
             more = (_microbatch.EXAMPLES,) if tried else ()
             for size in (*sizes, *more):
                 for site in _sites(model, where, size):
                     key = _key(site.primitive, site.params, site.x, site.w)
-                    if key not in timed:
-                        timed[key] = pick_float(site, backward=backward)
-                    entry = [int(np.prod(site.x.shape)), timed[key]]
+                    if key not in picked:
+                        picked[key] = (
+                            pick_float(site, backward=backward)
+                            if timed
+                            else _lowerings.default_float(site.params, site.x, site.w)
+                        )
+                    entry = [int(np.prod(site.x.shape)), picked[key]]
                     table.setdefault(site.name, []).append(entry)
 
         def rule(site, op, x, w, state):

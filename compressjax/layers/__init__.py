@@ -3,6 +3,7 @@
 from compressjax.layers._acb import ACB as ACB
 from compressjax.layers._conv_ffn import ConvFFN as ConvFFN
 from compressjax.layers._dbb import DBB as DBB
+from compressjax.layers._depthwise import depthwise as depthwise
 from compressjax.layers._drop_path import DropPath as DropPath
 from compressjax.layers._replk import RepLK as RepLK
 from compressjax.layers._replk_block import RepLKBlock as RepLKBlock

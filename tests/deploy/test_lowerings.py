@@ -9,6 +9,7 @@ import pytest
 
 import compressjax as cj
 from compressjax.core import errors
+from compressjax.core import trace as tracing
 from compressjax.deploy import _choices, _lowerings, _tune
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -105,15 +106,94 @@ def test_code_lowerings_give_the_same_integers(case, zero):
             np.testing.assert_array_equal(y - fill * sums, wanted, err_msg=name)
 
 
-def test_depthwise_and_fft():
+def test_depthwise():
     rng = np.random.default_rng(3)
-    x = rng.normal(size=(2, 12, 12, 3)).astype(np.float32)
-    for k, form in ((3, "shifts"), (11, "fft"), (3, "im2col")):
+    x = rng.normal(size=(2, 6, 6, 3)).astype(np.float32)
+    forms = [(11, f) for f in ("crop", "fft", "toeplitz")]
+    for k, form in (*forms, (3, "shifts"), (3, "im2col")):
         w = rng.normal(size=(k, k, 1, 3)).astype(np.float32)
         op = product({"padding": ((k // 2,) * 2,) * 2, "feature_group_count": 3}, NHWC)
         run = functools.partial(_lowerings.float_product, form, "conv_general_dilated")
         got = jax.jit(functools.partial(run, params_of(op, x, w)))(x, w)
-        np.testing.assert_allclose(got, op(x, w), rtol=1e-3, atol=1e-4, err_msg=form)
+        np.testing.assert_allclose(got, op(x, w), rtol=1e-4, atol=2e-5, err_msg=form)
+
+
+@pytest.mark.parametrize("zero", [0, 9])
+def test_large_depthwise_kernels_of_codes(zero):
+    """Integers through band matrices; a zero point fills what the kernel overhangs."""
+    settings = {"padding": ((5, 5),) * 2, "feature_group_count": 3}
+    op = product(settings, NHWC)
+    q = codes((2, 6, 6, 3), 2, -128, 127, np.int8)
+    w = codes((11, 11, 1, 3), 1, -127, 127, np.int8)
+    spec = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, w)]
+    params = params_of(op, q.astype(np.float32), w.astype(np.float32))
+    names = _lowerings.candidates(
+        "conv_general_dilated", params, *spec, bound=2**23, fill=zero
+    )
+    assert "toeplitz:int8" in names
+    default = _lowerings.default_codes("conv_general_dilated", params, spec[1])
+    assert default == "toeplitz:int8"
+    wanted = op(q.astype(np.int32) - zero, w.astype(np.int32))
+    sums = w.astype(np.int32).sum((0, 1, 2))
+    for name in ("toeplitz:int8", "toeplitz:late-float32"):
+        run = functools.partial(
+            _lowerings.code_product, name, "conv_general_dilated", params, 1
+        )
+        y, fill = jax.jit(lambda q, w, run=run: run(q, zero, w))(q, w)
+        np.testing.assert_array_equal(
+            y - fill * sums.reshape(1, 1, 1, 3), wanted, err_msg=name
+        )
+
+
+def test_large_depthwise_kernels_train_by_the_rule():
+    """Without a clock: no large convolution is left, and the gradients are the same."""
+    rng = np.random.default_rng(4)
+    p = {
+        "large": rng.normal(size=(31, 31, 1, 4)).astype(np.float32) / 31,
+        "small": rng.normal(size=(3, 3, 1, 4)).astype(np.float32),
+        "mix": rng.normal(size=(1, 1, 4, 3)).astype(np.float32),
+    }
+
+    def net(p, x):
+        how = {"feature_group_count": 4}
+        y = product({"padding": ((15, 15),) * 2, **how}, NHWC)(x, p["large"])
+        y = jax.nn.relu(y + product(how, NHWC)(x, p["small"]))
+        return product({"padding": ((0, 0),) * 2}, NHWC)(y, p["mix"])
+
+    x = rng.normal(size=(2, 9, 9, 4)).astype(np.float32)
+    model = cj.from_function(net, p, x)
+    fast = cj.deploy.tune(timed=False)(model)
+    assert {r.path: r.achieved for r in fast.report} == {
+        "params/large": "fft", "params/small": "conv", "params/mix": "conv",
+    }  # fmt: skip
+
+    def both(m):
+        return jax.value_and_grad(lambda v: (m.apply_fn(v, x) ** 2).mean())
+
+    kernels = [
+        [eqn.invars[1].aval.shape for eqn in convolutions(both(m), model.variables)]
+        for m in (model, fast)
+    ]
+    assert any(31 in shape for shape in kernels[0])
+    assert kernels[1] and not any(max(shape) > 9 for shape in kernels[1])
+    wanted, got = (jax.jit(both(m))(model.variables) for m in (model, fast))
+    for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+    site = cj.sites(model, "params/large")[0]
+    names = _lowerings.candidates(site.primitive, site.params, site.x, site.w)
+    assert "fft" in names
+    again = cj.deploy.tune(**fast.history[-1].settings)(model)
+    np.testing.assert_array_equal(again(x), fast(x))
+
+
+def convolutions(fn, *args):
+    """Convolutions anywhere in the program of a function."""
+    found, left = [], [jax.make_jaxpr(fn)(*args).jaxpr]
+    while left:
+        for eqn in left.pop().eqns:
+            found += [eqn] if eqn.primitive.name == "conv_general_dilated" else []
+            left += tracing.bodies(eqn)
+    return found
 
 
 def test_a_float_carrier_is_exact_below_its_bound_and_not_above():
