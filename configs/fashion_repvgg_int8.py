@@ -113,7 +113,7 @@ def quantize_to_train(model, ctx, *, bits):
     inputs = cj.quantize.uniform(bits, symmetric=False, signed=False, observer=moving)
     weights = cj.quantize.uniform(bits, per_channel=False)
     insert = cj.quantize.insert(weights, inputs, batches=ctx.batches)
-    return cj.compose(cj.merge.fuse(), insert)(ctx.teacher)
+    return cj.compose(cj.merge.fuse(train="evaluation"), insert)(ctx.teacher)
 
 
 def get_config() -> Config:

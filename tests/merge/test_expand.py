@@ -208,9 +208,10 @@ LAYERS = {
     "depthwise, dilated": Layer(outs=4, groups=4, dilation=2, pads=((2, 2), (2, 2))),
 }
 CASES = [
-    (kind, name)
-    for kind, name in itertools.product(KINDS, LAYERS)
-    if kind != "replk" or "depthwise" in name
+    *(("acb", name) for name in LAYERS if "depthwise" not in name),
+    *(("repvgg", name) for name in ("3x3", "groups, stride 2", "depthwise, dilated")),
+    *(("dbb", name) for name in LAYERS if name not in ("3x3", "depthwise, dilated")),
+    *(("replk", name) for name in LAYERS if "depthwise" in name),
 ]
 
 
@@ -227,6 +228,15 @@ def test_branches_are_one_convolution(kind, name):
 
     made = spread(made)
     got = np.asarray(run(made.variables, x))
+    fused = cj.merge.fuse()(made)
+    assert [s.name for s in cj.sites(fused)] == ["params/conv/kernel"]
+    assert trees.paths(fused.variables) == ("params/conv/bias", "params/conv/kernel")
+    np.testing.assert_allclose(
+        jax.jit(fused.apply_fn)(fused.variables, x),
+        got,
+        rtol=0,
+        atol=1e-6 * np.abs(got).max(),
+    )
     params = layer.hwio(made.variables["params"]["conv"])
     stats = made.variables["batch_stats"]["conv"][kind]
     k = np.asarray(params["kernel"])
@@ -240,6 +250,10 @@ def test_branches_are_one_convolution(kind, name):
     steps = ((layer.stride,) * 2, (layer.dilation,) * 2)
     want = conv(x, kernel, pads, *steps) + bias
     assert np.abs(got - want).max() <= 2e-6 * np.abs(want).max()
+    now = layer.hwio(fused.variables["params"]["conv"])
+    now = dense(now["kernel"], layer.ins // now["kernel"].shape[2]), now["bias"]
+    for a, b in zip(now, (kernel, bias), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())
     has_identity = "identity" in params[kind]
     assert has_identity == (kind == "repvgg" and name in ("3x3", "depthwise, dilated"))
 
