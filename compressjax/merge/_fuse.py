@@ -152,6 +152,7 @@ def _rows(chains: _chains.Plan, branches: _merge.Plan) -> list[Row]:
             into = merged[name]
             done, reason = "merged" if into == name else f"merged into {into}", ""
         elif name in branches.why:
-            reason = "; ".join(r for r in (reason, branches.why[name]) if r)
+            both = (reason, branches.why[name])
+            reason = "; ".join(dict.fromkeys(r for r in both if r))
         rows.append(Row("merge.fuse", name, True, done, reason))
     return rows

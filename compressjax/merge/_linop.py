@@ -48,11 +48,21 @@ class Geometry:
     c_out: int
 
     @classmethod
-    def of(cls, taps, stride, lo, hi, dilation, groups, c_in, c_out) -> "Geometry":
+    def of(
+        cls,
+        taps: Sequence[int],
+        stride: Sequence[int],
+        lo: Sequence[int],
+        hi: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        c_in: int,
+        c_out: int,
+    ) -> "Geometry":
         """With dilation 1 where there is one tap: two names for one thing are one."""
         dilation = tuple(d if k > 1 else 1 for d, k in zip(dilation, taps, strict=True))
-        axes = (tuple(taps), tuple(stride), tuple(lo), tuple(hi), dilation)
-        return cls(*axes, groups, c_in, c_out)
+        taps, stride, lo, hi = (tuple(a) for a in (taps, stride, lo, hi))
+        return cls(taps, stride, lo, hi, dilation, groups, c_in, c_out)
 
     @property
     def reach(self) -> tuple[int, ...]:

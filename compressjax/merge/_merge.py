@@ -18,7 +18,7 @@ import numpy as np
 from compressjax.core import macs
 from compressjax.core import sites as finding
 from compressjax.core import trace as tracing
-from compressjax.merge import _branches, _float64, _host, _program, _replay
+from compressjax.merge import _branches, _float64, _host, _program, _replay, _rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +128,7 @@ def _usable(
         if not jnp.issubdtype(program.leaf_vars[leaf].aval.dtype, jnp.floating):
             continue
         if program.quantized(weight):
+            why[site.name] = "its weight is quantized first: fuse before you quantize"
             continue
         if program.used_elsewhere(leaf, index):
             why[site.name] = "its weight is used elsewhere too"
@@ -143,7 +144,7 @@ def _decide(
     forced: set[Any] = set()
     why: dict[str, str] = {}
     while True:
-        flow = _branches.Flow(program, sites, forced)
+        flow = _branches.Flow(program, sites, forced, _rules.RULES)
         sinks, cuts = _sinks(flow)
         if cuts:
             forced |= cuts
@@ -207,10 +208,17 @@ def _choose(flow: _branches.Flow, sink: Any) -> tuple[_host.Host | None, str]:
     """The site that holds the segment, or why none does."""
     program, view = flow.program, flow.views[sink]
     cost = {i: macs.of_equation(program.eqns[i]) for i in view.sites}
-    # A convolution before a dense layer, the largest of them, the first of equals.
-    order = sorted(view.sites, key=lambda i: (not flow.sites[i].is_conv, -cost[i], i))
-    others = [flow.sites[i].name for i in order]
-    hosts = (_host.Host(flow.sites[i], i, view, sink, flow.labels[i]) for i in order)
+
+    def rank(h: _host.Host) -> tuple:
+        """A convolution before a dense layer, one whose kernel keeps its shape, the
+        largest of them, the first of equals."""
+        grows = h.fits and h.shape != h.site.w.shape
+        return not h.site.is_conv, grows, -cost[h.index], h.index
+
+    sites = {i: flow.sites[i] for i in view.sites}
+    hosts = [_host.Host(s, i, view, sink, flow.labels[i]) for i, s in sites.items()]
+    hosts.sort(key=rank)
+    others = [h.site.name for h in hosts]
     host = next((h for h in hosts if h.fits), None)
     together = f"merging {' + '.join(others)}"
     if host is None:
