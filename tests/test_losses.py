@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-from compressjax import losses
+import compressjax as cj
+from compressjax import losses, models
 
 
 def logits(key, shape=(5, 7)):
@@ -133,6 +134,45 @@ def test_damping_pulls_to_the_nearest_grid_point():
     for _ in range(60):
         w = w - 0.1 * jax.grad(losses.damping)(w, jnp.rint(w), -2.0, 1.0)
     np.testing.assert_allclose(w, [1, -1, 0], atol=1e-4)
+
+
+# -- custom L2 of RepVGG ------------------------------------------------------
+
+
+def test_repvgg_l2_against_numpy_with_its_gradient():
+    """Two blocks by the formula in float64; t3 and t1 get no gradient."""
+    net = models.repvgg("mini", blocks=(1,), stem=3, widths=(4,), strides=(1, 1))
+    x = jax.ShapeDtypeStruct((1, 4, 4, 3), jnp.float32)
+    draw = np.random.default_rng(0)
+    v = jax.tree.map(
+        lambda s: draw.uniform(0.3, 2, s.shape).astype(s.dtype),
+        jax.eval_shape(net.init, jax.random.key(0), x),
+    )
+    penalty = losses.repvgg_l2(cj.from_linen(net, v, x))
+    value, grad = jax.jit(jax.value_and_grad(penalty))(v)
+    total = 0.0
+    for name in ("stem", "stage1/block0"):
+        p, s, g = v["params"], v["batch_stats"], grad["params"]
+        for key in name.split("/"):
+            p, s, g = p[key], s[key], g[key]
+        k3, k1 = (p[k]["kernel"].astype(np.float64) for k in ("conv3x3", "conv1x1"))
+        t3, t1 = (
+            p[k]["scale"] / np.sqrt(s[k]["var"].astype(np.float64) + 1e-5)
+            for k in ("bn3x3", "bn1x1")
+        )
+        circle = k3.copy()
+        circle[1, 1] = 0
+        centre = t3 * k3[1, 1] + t1 * k1[0, 0]
+        total += (circle**2).sum() + (centre**2 / (t3**2 + t1**2)).sum()
+        wanted = 2 * centre * t1 / (t3**2 + t1**2)
+        np.testing.assert_allclose(g["conv1x1"]["kernel"][0, 0], wanted, rtol=1e-4)
+        wanted = 2 * circle
+        wanted[1, 1] = 2 * centre * t3 / (t3**2 + t1**2)
+        np.testing.assert_allclose(g["conv3x3"]["kernel"], wanted, rtol=1e-4)
+        assert not any(g[k]["scale"].any() for k in ("bn3x3", "bn1x1"))
+    assert float(value) == pytest.approx(total, rel=1e-5)
+    dead = jax.tree.map(np.zeros_like, v)
+    assert np.isfinite(jax.tree.leaves(jax.jit(jax.grad(penalty))(dead))[0]).all()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ arXiv 2203.06717.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import optax
 
 from compressjax.core import errors, trees
@@ -69,9 +68,6 @@ def layer_decay(rate: float, groups: Sequence[str]) -> optax.GradientTransformat
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         by_path = scales(updates)
-        scaled = trees.map_with_path(
-            lambda path, u: jax.numpy.asarray(u * by_path[path], u.dtype), updates
-        )
-        return scaled, state
+        return trees.map_with_path(lambda p, u: u * by_path[p], updates), state
 
     return optax.GradientTransformation(init, update)

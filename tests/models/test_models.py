@@ -16,7 +16,17 @@ from compressjax.models.cifar_resnet import Block
 from compressjax.models.edsr import depth_to_space
 from compressjax.models.vit import Attention
 
-FAMILIES = ("cifar_resnet", "resnet", "vgg", "densenet", "mobilenet", "vit", "edsr")
+FAMILIES = (
+    "cifar_resnet",
+    "resnet",
+    "vgg",
+    "densenet",
+    "mobilenet",
+    "vit",
+    "edsr",
+    "repvgg",
+    "replknet",
+)
 
 
 def shapes(module, *shape):
@@ -157,6 +167,38 @@ SMALL = {
     ),
     "edsr": (models.edsr("edsr_baseline_x3", depth=1, width=4), (8, 8, 3)),
     "srresnet": (models.edsr("srresnet_x4", depth=1, width=4), (8, 8, 3)),
+    "se_resnet": (
+        models.resnet("resnet50", blocks=(1, 1), width=8, attention="se"),
+        (32, 32, 3),
+    ),
+    "sev2_cifar_resnet": (
+        models.cifar_resnet(
+            "resnet8",
+            blocks=(1,),
+            width=4,
+            attention="sev2",
+            attention_options={"stats": "mix", "tap": "preBN"},
+        ),
+        (8, 8, 3),
+    ),
+    "repvgg": (
+        models.repvgg(
+            "mini",
+            blocks=(1, 1),
+            stem=4,
+            widths=(4, 8),
+            strides=(1, 1, 2),
+            groups=2,
+            se=2,
+        ),
+        (8, 8, 3),
+    ),
+    "replknet": (
+        models.replknet(
+            "mini", blocks=(2,), widths=(4,), kernels=(5,), small=3, drop_path=0.25
+        ),
+        (8, 8, 3),
+    ),
 }
 
 # Compile quickly rather than well.
@@ -171,6 +213,9 @@ COMPILED = (
     "mobilenet_v2",
     "vit",
     "srresnet",
+    "sev2_cifar_resnet",
+    "repvgg",
+    "replknet",
 )
 
 
