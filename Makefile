@@ -27,6 +27,7 @@ fuzz: $(VENV)/.test
 bench: $(VENV)/.train
 	$(BIN)/python -m benchmarks.analysis
 	$(BIN)/python -m benchmarks.inference
+	$(BIN)/python -m benchmarks.reparam
 
 $(VENV)/.train: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -144,10 +144,12 @@ def fft_sizes(window: Window, space: Sequence[int], taps: Sequence[int]) -> list
     [27]
     """
     steps = window._replace(strides=(1,) * len(space))
-    return [
-        scipy_fft.next_fast_len(max(n + max(p), out), real=True)
+    least = [
+        max(n + max(p), out)
         for n, p, out in zip(space, window.padding, steps.out(space, taps), strict=True)
     ]
+    sizes: list[Any] = [scipy_fft.next_fast_len(n, real=True) for n in least]
+    return sizes
 
 
 def fft(window: Window, x: Any, w: Any) -> jax.Array:

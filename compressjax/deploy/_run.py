@@ -49,9 +49,7 @@ class Run(Walk):
     def lowering(self, product):
         if self.table is None:
             return "conv:int8"
-        default = _lowerings.default_codes(
-            product.primitive, product.params, product.w
-        )
+        default = _lowerings.default_codes(product.primitive, product.params, product.w)
         return _choices.nearest(self.table, product.site, product.q.shape, default)
 
     def decide(self, name, compute):

@@ -4,10 +4,12 @@ Each candidate is one jitted function: the product and the elementwise work that
 follows it (bias and ReLU; requantization to int8), so that fusion counts. All
 candidates of a site run in turns, several rounds, and the medians are compared; whoever
 is three times slower than the best after the first round is out. Sites of the same
-shapes are timed once.
+shapes are timed once. Then a few networks of first and second choices are timed whole
+(`_whole`): what counts is not how fast a site is alone.
 """
 
 import functools
+import itertools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +23,7 @@ import numpy as np
 from compressjax.core import lowered, rewrite
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model, Row, Step, Transform
-from compressjax.deploy import _choices, _forms, _lowerings, _microbatch
+from compressjax.deploy import _choices, _forms, _lowerings, _microbatch, _whole
 
 _ROUNDS = 7
 _SECONDS = 0.004  # the least one timing takes
@@ -69,43 +71,52 @@ def tune(
 
     def transform(model: Model) -> Model:
         rewriter = rewrite.Rewriter(model, where)
-        examples = _microbatch.given(microbatch)
+        examples, better = _microbatch.given(microbatch), []
+
+        def network(table: Mapping[str, Any]) -> Any:
+            """The apply_fn with these lowerings."""
+
+            def rule(site, op, x, w, state):
+                del state
+                name = _choices.nearest(table, site.name, x.shape)
+                if name == "conv":
+                    return op(x, w), None
+                y = _lowerings.float_product(name, site.primitive, site.params, x, w)
+                return y.astype(site.out.dtype), None
+
+            @functools.wraps(model.apply_fn)
+            def fast(variables, *args, **kwargs):
+                return rewriter(rule, {}, variables, args, kwargs)[0]
+
+            return fast
+
+        plain = lowered.plain(model.apply_fn)
         if choices is not None:
             table = _choices.check(choices, sorted(rewriter.names))
+            fast = network(table)
         else:
-            table = {}
-            picked: dict[Any, str] = {}
             sizes = tuple(batch_sizes) or (None,)
             tried = timed and microbatch == "auto" and not backward
             tried = tried and in_parts(model, sizes)
             more = (_microbatch.EXAMPLES,) if tried else ()
-            for size in (*sizes, *more):
-                for site in _sites(model, where, size):
-                    key = _key(site.primitive, site.params, site.x, site.w)
-                    if key not in picked:
-                        picked[key] = (
-                            pick_float(site, backward=backward)
-                            if timed
-                            else _lowerings.default_float(site.params, site.x, site.w)
-                        )
-                    entry = [int(np.prod(site.x.shape)), picked[key]]
-                    table.setdefault(site.name, []).append(entry)
-
-        def rule(site, op, x, w, state):
-            del state
-            name = _choices.nearest(table, site.name, x.shape)
-            if name == "conv":
-                return op(x, w), None
-            y = _lowerings.float_product(name, site.primitive, site.params, x, w)
-            return y.astype(site.out.dtype), None
-
-        @functools.wraps(model.apply_fn)
-        def fast(variables, *args, **kwargs):
-            return rewriter(rule, {}, variables, args, kwargs)[0]
-
-        plain = lowered.plain(model.apply_fn)
-        if choices is None and tried:
-            examples = pick_microbatch(fast, plain, model.variables, model, sizes)
+            found = {n: _sites(model, where, n) for n in (*sizes, *more)}
+            ranked: dict[Any, _whole.Ranked] = {}
+            for site in itertools.chain(*found.values()):
+                if _family(site) not in ranked:
+                    ranked[_family(site)] = (
+                        rank_float(site, backward=backward)
+                        if timed
+                        else [(_lowerings.default_float(*_shapes(site)), 0.0)]
+                    )
+            chosen = {family: order[0][0] for family, order in ranked.items()}
+            for size in sizes if timed and not backward else ():
+                picked, label = _pick_whole(model, size, found, ranked, chosen, network)
+                chosen.update(picked)
+                better += [label] if label else []
+            table = _table(found, chosen)
+            fast = network(table)
+            if tried:
+                examples = pick_microbatch(fast, plain, model.variables, model, sizes)
         run = fast if examples is None else _microbatch.split(fast, examples, plain)
         return model.then(
             Step.of("deploy.tune", choices=table, where=where, microbatch=examples),
@@ -114,6 +125,7 @@ def tune(
                     Row("deploy.tune", n, "fastest", ", ".join(e[1] for e in entries))
                     for n, entries in table.items()
                 ),
+                *(Row("deploy.tune", "**", "fastest", label) for label in better),
                 *microbatch_rows("deploy.tune", examples),
             ],
             apply_fn=lowered.Lowered(fast=run, plain=plain),
@@ -122,11 +134,55 @@ def tune(
     return transform
 
 
+def _shapes(site: Any) -> tuple[Any, Any, Any]:
+    return site.params, site.x, site.w
+
+
+def _family(site: Any) -> Any:
+    """The same for sites of the same shapes."""
+    return _key(site.primitive, *_shapes(site))
+
+
+def _table(found: Mapping[Any, Sequence[Any]], chosen: Mapping[Any, str]) -> dict:
+    """{site name: [[size of x, lowering], ...]}"""
+    table: dict[str, list[Any]] = {}
+    for site in itertools.chain(*found.values()):
+        entry = [int(np.prod(site.x.shape)), chosen[_family(site)]]
+        table.setdefault(site.name, []).append(entry)
+    return table
+
+
+def _pick_whole(
+    model: Model, size: int | None, found: Any, ranked: Any, chosen: Any, network: Any
+) -> tuple[dict[Any, str], str]:
+    """(the choices that make the whole network fastest, what they are if others)."""
+    count: dict[Any, int] = {}
+    for site in found[size]:
+        family = _family(site)
+        count[family] = count.get(family, 0) + 1
+    tries = _whole.variants({f: ranked[f] for f in count}, count)
+    first, *others = tries
+    if not others:
+        return tries[first], ""
+    tables = {k: _table(found, {**chosen, **v}) for k, v in tries.items()}
+    args = (_filled(model.variables), *_filled(_inputs(model, size)))
+    label = _fastest({k: network(table) for k, table in tables.items()}, args)
+    return tries[label], "" if label == first else f"as a whole: {label}"
+
+
+def _filled(tree: Any) -> Any:
+    """Values where there are only shapes."""
+    return jax.tree.map(
+        lambda v: _fill(v) if isinstance(v, jax.ShapeDtypeStruct) else v, tree
+    )
+
+
 def in_parts(model: Model, sizes: Sequence[int | None]) -> bool:
     """Is computing a few examples at a time worth a try?"""
     if jax.device_count() > 1 or len(sizes) > 1:
         return False
-    batch = {s.shape[0] for s in _inputs(model, sizes[0]) if s.ndim}
+    specs = jax.tree.leaves(_inputs(model, sizes[0]))
+    batch = {s.shape[0] for s in specs if s.ndim}
     return len(batch) == 1 and min(batch) >= 2 * _microbatch.EXAMPLES
 
 
@@ -134,14 +190,11 @@ def pick_microbatch(
     fast: Any, plain: Any, variables: Any, model: Model, sizes: Sequence[int | None]
 ) -> int | None:
     """How many examples at a time are fastest for the whole network; None: all."""
-    args = tuple(_fill(s) for s in _inputs(model, sizes[0]))
+    args = _filled(_inputs(model, sizes[0]))
     if _microbatch.mixes(tracing.trace(plain, variables, args)):
         return None
     few = _microbatch.split(fast, _microbatch.EXAMPLES, plain)
-    variables = jax.tree.map(
-        lambda v: _fill(v) if isinstance(v, jax.ShapeDtypeStruct) else v, variables
-    )
-    picked = _fastest({"whole": fast, "few": few}, (variables, *args))
+    picked = _fastest({"whole": fast, "few": few}, (_filled(variables), *args))
     return _microbatch.EXAMPLES if picked == "few" else None
 
 
@@ -151,22 +204,20 @@ def microbatch_rows(transform: str, examples: Any) -> list[Row]:
     return [Row(transform, "**", "fastest", f"{examples} examples at a time")]
 
 
-def _inputs(model: Model, size: int | None) -> list[jax.ShapeDtypeStruct]:
-    return [
-        jax.ShapeDtypeStruct((size or s.shape[0], *s.shape[1:]), s.dtype)
-        if s.ndim
-        else s
-        for s in jax.tree.leaves(model.inputs)
-    ]
+def _inputs(model: Model, size: int | None) -> tuple[Any, ...]:
+    """Specs of the inputs at a batch size."""
+    return jax.tree.map(
+        lambda s: (
+            jax.ShapeDtypeStruct((size or s.shape[0], *s.shape[1:]), s.dtype)
+            if s.ndim
+            else s
+        ),
+        tuple(model.inputs),
+    )
 
 
 def _sites(model: Model, where: str, size: int | None):
-    if size is not None:
-        inputs = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct((size, *s.shape[1:]), s.dtype), model.inputs
-        )
-        model = model.replace(inputs=inputs)
-    found = rewrite.Rewriter(model, where)
+    found = rewrite.Rewriter(model.replace(inputs=_inputs(model, size)), where)
     return [
         s
         for s in found.found.sites
@@ -174,11 +225,11 @@ def _sites(model: Model, where: str, size: int | None):
     ]
 
 
-def pick_float(site: Any, *, backward: bool = False) -> str:
-    """The fastest lowering of one float convolution."""
+def rank_float(site: Any, *, backward: bool = False) -> _whole.Ranked:
+    """(lowering, seconds) of one float convolution, from the fastest on."""
     names = _lowerings.candidates(site.primitive, site.params, site.x, site.w)
     if len(names) == 1:
-        return names[0]
+        return [(names[0], 0.0)]
     conv = _forms.Conv.of(site.params)
     shape = [1] * site.out.ndim
     shape[conv.specs[2][1]] = site.out.shape[conv.specs[2][1]]
@@ -201,7 +252,8 @@ def pick_float(site: Any, *, backward: bool = False) -> str:
         return jax.grad(loss, (0, 1))(x, w)
 
     timed = both if backward else run
-    return _fastest({n: functools.partial(timed, n) for n in names}, (x, w, bias))
+    times = _times({n: functools.partial(timed, n) for n in names}, (x, w, bias))
+    return sorted(times.items(), key=lambda item: item[1])
 
 
 def _call(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,6 +342,12 @@ def _fill(spec: Any) -> Any:
 
 
 def _fastest(functions: Mapping[str, Any], args: Any) -> str:
+    times = _times(functions, args)
+    return min(times, key=lambda n: times[n])
+
+
+def _times(functions: Mapping[str, Any], args: Any) -> dict[str, float]:
+    """Seconds of each function, all in turns."""
     staged = {n: jax.jit(f).lower(*args) for n, f in functions.items()}
     with futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         done = pool.map(lambda lowered: lowered.compile(), staged.values())
@@ -314,4 +372,4 @@ def _fastest(functions: Mapping[str, Any], args: Any) -> str:
             jax.block_until_ready(y)
             times[name].append((time.perf_counter() - start) / repeats[name])
     # Other programs only ever add time: the lower quartile is the steadier median.
-    return min(times, key=lambda n: np.quantile(times[n], 0.25))
+    return {n: float(np.quantile(t, 0.25)) for n, t in times.items()}

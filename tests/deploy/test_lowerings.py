@@ -10,7 +10,7 @@ import pytest
 import compressjax as cj
 from compressjax.core import errors
 from compressjax.core import trace as tracing
-from compressjax.deploy import _choices, _lowerings, _tune
+from compressjax.deploy import _choices, _lowerings, _tune, _whole
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 FORMS = ("im2col", "im2col2", "rows", "taps", "pixels", "im2col/2", "tiles2")
@@ -255,11 +255,11 @@ def test_tune_keeps_the_fastest(network, monkeypatch):
     model, x = network
     seen = []
 
-    def fastest(functions, args):
+    def times(functions, args):
         seen.append(tuple(functions))
-        return "rows"
+        return {name: 1e-5 + (name != "rows") for name in functions}
 
-    monkeypatch.setattr(_tune, "_fastest", fastest)
+    monkeypatch.setattr(_tune, "_times", times)
     tuned = cj.deploy.tune(batch_sizes=(1, 4))(model)
     assert len(seen) == 4 and all("conv" in names for names in seen)
     table = tuned.history[-1].settings["choices"]
@@ -269,6 +269,49 @@ def test_tune_keeps_the_fastest(network, monkeypatch):
     same = (jax.jit(m.apply_fn)(model.variables, x) for m in (again, tuned))
     np.testing.assert_array_equal(*same)
     assert cj.costs.count(tuned).macs == cj.costs.count(model).macs
+
+
+@pytest.mark.parametrize("best", ["each alone", "without rows", "all conv"])
+def test_the_whole_network_has_the_last_word(network, monkeypatch, best):
+    """rows is fastest alone, im2col is close; what is kept is what the network says."""
+    model, _ = network
+    alone = {"rows": 0.010, "im2col": 0.011, "conv": 0.020}
+    whole = []
+
+    def times(functions, args):
+        if "each alone" not in functions:  # one site
+            return {n: alone.get(n, 1.0) for n in functions}
+        whole.append({k: [e.primitive.name for e in jax.make_jaxpr(f)(*args).eqns]
+                      for k, f in functions.items()})  # fmt: skip
+        return {n: 0.5 + (n != best) for n in functions}
+
+    monkeypatch.setattr(_tune, "_times", times)
+    tuned = cj.deploy.tune()(model)
+    assert [set(programs) for programs in whole] == [
+        {"each alone", "without rows", "all conv"}
+    ]
+    own = {k: p.count("conv_general_dilated") for k, p in whole[0].items()}
+    assert own == {"each alone": 0, "without rows": 0, "all conv": 2}
+    name = {"each alone": "rows", "without rows": "im2col", "all conv": "conv"}[best]
+    table = tuned.history[-1].settings["choices"]
+    assert [n for entries in table.values() for _, n in entries] == [name] * 2
+    rows = [r.achieved for r in tuned.report if r.path == "**"]
+    assert rows == ([] if best == "each alone" else [f"as a whole: {best}"])
+
+
+def test_what_is_tried_on_the_whole_network():
+    order = [("im2col", 1.0), ("rows", 1.2), ("taps", 1.21), ("conv", 2.0)]
+    clear = [("rows", 1.0), ("taps", 1.3), ("conv", 3.0)]
+    tried = _whole.variants({"a": order, "b": clear}, {"a": 2, "b": 1})
+    assert tried["without im2col"] == {"a": "rows", "b": "rows"}
+    assert list(tried) == ["each alone", "without im2col", "all conv"]  # 7 against 3
+    tried = _whole.variants({"a": order, "b": clear}, {"a": 1, "b": 2})
+    assert list(tried) == ["each alone", "without im2col"]  # 8 against 3
+    # A large depthwise kernel, whose convolution was not even timed.
+    assert "all conv" not in _whole.variants({"a": [("fft", 1.0)]}, {"a": 1})
+    # A network of microseconds is left alone, and so is one of XLA's own forms.
+    assert len(_whole.variants({"a": [("rows", 1e-6), ("taps", 1e-6)]}, {"a": 9})) == 1
+    assert len(_whole.variants({"a": [("conv", 1.0)]}, {"a": 1})) == 1
 
 
 def test_the_clock_decides():
