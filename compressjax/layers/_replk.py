@@ -9,6 +9,9 @@ small kernel at tap (K - k)/2. The small one makes a large kernel learn what is 
 On an image of H x H pixels a tap more than H - 1 from the centre never meets a pixel,
 so that K can be cropped to 2H - 1 without any change at that size.
 
+Written with a plain convolution, so that every transform sees its sites;
+`cj.deploy.tune(timed=False)` computes them fast, in training too.
+
 Paper: Ding, Zhang, Zhou, Han, Ding, Sun, Scaling Up Your Kernels to 31x31: Revisiting
 Large Kernel Design in CNNs, CVPR 2022, arXiv 2203.06717.
 """
