@@ -183,7 +183,7 @@ def test_large_depthwise_kernels_train_by_the_rule():
     names = _lowerings.candidates(site.primitive, site.params, site.x, site.w)
     assert "fft" in names
     again = cj.deploy.tune(**fast.history[-1].settings)(model)
-    np.testing.assert_array_equal(again(x), fast(x))
+    assert [r.achieved for r in again.report] == [r.achieved for r in fast.report]
 
 
 def convolutions(fn, *args):
