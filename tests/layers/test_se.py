@@ -199,6 +199,30 @@ def test_the_norm_of_the_squeeze_folds_into_the_first_layer():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+def test_what_a_batch_norm_does_to_a_gate_before_it_and_a_squeeze_behind_it():
+    """BN(c x) has deviation c sd / sqrt(c^2 sd^2 + eps) and mean beta, whatever c, x.
+
+    So a constant gate cancels (M3) until eps swallows the channel (M4), and a squeeze
+    has mean beta over the batch (M1).
+    """
+    x, gates = 3 * blocks.image((16, 6, 6, 4)) - 1, (1.0, 0.1, 1e-2, 1e-4)
+    norm = layers._parts.batch_norm(train=True, name="bn")
+    v = blocks.drawn(norm, x.shape)
+    v["params"]["scale"] = np.ones(4, np.float32)
+
+    def run(x):
+        return [norm.apply(v, c * x, mutable=["batch_stats"])[0] for c in gates]
+
+    sd = x.std((0, 1, 2))
+    for c, y in zip(gates, compiled(run)(x), strict=True):
+        y = np.asarray(y, np.float64)
+        wanted = c * sd / np.sqrt(c**2 * sd**2 + 1e-5)
+        np.testing.assert_allclose(y.std((0, 1, 2)), wanted, rtol=1e-4)
+        squeezed = y.mean((1, 2)).mean(0)
+        np.testing.assert_allclose(squeezed, v["params"]["bias"], atol=1e-5)
+    assert wanted.max() < 0.15  # gone, where it was 1
+
+
 def test_a_squeeze_of_a_batch_norm_says_the_same_of_every_image():
     """M1: mean_n z = beta. M2: a half-open gate leaves a quarter of the variance.
 
