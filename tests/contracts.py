@@ -91,6 +91,7 @@ def both(weights, inputs):
 MODELS = {
     "rewrite": Contract(cj.rewrite(lambda site, op, x, w: op(x, w / 2) + 1)),
     "capture": Contract(cj.capture(), out=lambda y: y[0]),
+    "merge.expand": Contract(cj.merge.expand("dbb", "conv1/kernel")),
     "merge.fuse": Contract(cj.merge.fuse(train="evaluation")),
     "merge.fuse, for evaluation": Contract(cj.merge.fuse(), trains=False),
     # 16 bits: next to a tie either code may come out, and must stay in round-off.
