@@ -14,7 +14,7 @@ demo: $(VENV)/.train
 	$(BIN)/python -m train.main --config configs/quickstart.py --workdir runs/quickstart
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -2,14 +2,10 @@
 
 import os
 
+from tests import flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-    ).strip()
-# The suite compiles more than it runs.
-if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
+os.environ["XLA_FLAGS"] = flags.xla_flags(devices=2)
 
 import jax
 import jax.numpy as jnp

@@ -47,10 +47,16 @@ def run_case(pick, rng) -> dict:
     return out | {"outcome": "right" if good else "WRONG", "error": error}
 
 
-def run_seed(seed: int) -> dict:
-    """The case that a seed draws."""
+def run_seed(seed: int, first=None) -> dict:
+    """The case that a seed draws; `first` is the kind of its first step, if given."""
     rng = np.random.default_rng(seed)
-    return run_case(lambda options: options[rng.integers(len(options))], rng)
+    given = [] if first is None else [first]
+
+    def pick(options):
+        drawn = options[rng.integers(len(options))]
+        return given.pop() if given and options is random_nets.KINDS else drawn
+
+    return run_case(pick, rng)
 
 
 def main(argv=None) -> int:

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+from tests import flags
+
 REPO = pathlib.Path(__file__).resolve().parents[2]
 TINY = "tests/train/tiny.py"
 
@@ -24,10 +26,7 @@ def command(workdir, cache_dir, *overrides, config=TINY):
 def start(workdir, cache_dir, *overrides, devices=1, config=TINY):
     """A run in a process of its own, with so many CPU devices."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=1"
-    )
+    env["XLA_FLAGS"] = flags.xla_flags(devices)
     return subprocess.Popen(
         command(workdir, cache_dir, *overrides, config=config),
         cwd=REPO,

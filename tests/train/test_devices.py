@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import compressjax as cj
+from tests import flags
 from tests.train import runs
 from train import augment, step
 from train import config as configs
@@ -20,7 +21,7 @@ from train import mesh as meshes
 
 def launch(out, *arguments, devices):
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    env["XLA_FLAGS"] = flags.xla_flags(devices)
     return subprocess.Popen(
         [sys.executable, "-m", "tests.train.worker", str(out), *arguments],
         cwd=runs.REPO,
