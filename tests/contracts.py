@@ -93,7 +93,12 @@ MODELS = {
     "capture": Contract(cj.capture(), out=lambda y: y[0]),
     "merge.expand": Contract(cj.merge.expand("dbb", "conv1/kernel")),
     "merge.fuse": Contract(cj.merge.fuse(train="evaluation")),
-    "merge.fuse, for evaluation": Contract(cj.merge.fuse(), trains=False),
+    "expand, merge.fuse": Contract(
+        cj.compose(
+            cj.merge.expand("acb", where="conv2/**"),
+            cj.merge.fuse(train="evaluation"),
+        )
+    ),
     # 16 bits: next to a tie either code may come out, and must stay in round-off.
     "quantize.insert": Contract(cj.quantize.insert(cj.quantize.uniform(16))),
     "quantize.ptq": Contract(cj.quantize.ptq(batches(), bits=16)),

@@ -41,9 +41,9 @@ def arrays(
             flat = (np if known.exact else jnp).broadcast_to(scale, w.shape).reshape(-1)
             where = np.argsort(s.indices.reshape(-1))  # a permutation's inverse
             kernel = leaves[s.leaf] * flat[where].reshape(like.shape)
-        out[program.trace.paths[s.leaf]] = kernel.astype(like.dtype)
+        out[program.trace.paths[s.leaf]] = kernel
         shape = _sizes(site.w, site.w_out_axes)
-        out[bias[site.name]] = b.reshape(shape).astype(like.dtype)
+        out[bias[site.name]] = b.reshape(shape)
     return out
 
 

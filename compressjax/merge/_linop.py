@@ -244,6 +244,9 @@ def chained(a: Geometry, b: Geometry) -> Geometry:
     >>> three = Geometry.of((3,), (1,), (0,), (0,), (1,), 1, 1, 1)
     >>> chained(three, three).taps
     (5,)
+    >>> one = Geometry.of((1,), (2,), (0,), (0,), (1,), 1, 1, 1)
+    >>> chained(one, three).dilation, chained(one, three).stride
+    ((2,), (2,))
     """
     taps, lo, hi, dilation, stride = [], [], [], [], []
     for i in range(len(a.taps)):

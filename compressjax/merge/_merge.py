@@ -55,12 +55,10 @@ class Plan:
     def arrays(self, known: _float64.Known) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for h in self.hosts.values():
-            path = str(h.site.leaf)
-            dtype = self.program.leaf_vars[self.program.trace.paths.index(path)].aval
             kernel, bias = h.view.op.arrays(known)
-            out[path] = h.stored(kernel).astype(dtype.dtype)
+            out[str(h.site.leaf)] = h.stored(kernel)
             if self.bias[h.site.name]:
-                out[self.bias[h.site.name]] = bias.astype(dtype.dtype)
+                out[self.bias[h.site.name]] = bias
         return out
 
     def run(self, values: Mapping[str, Any]) -> list[Any]:

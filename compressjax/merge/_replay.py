@@ -45,7 +45,7 @@ class Plan(Protocol):
 
     def signature(self) -> dict[str, tuple[Any, tuple[float, ...]]]: ...
 
-    def arrays(self, known: _float64.Known) -> dict[str, Any]: ...
+    def arrays(self, known: _float64.Known) -> dict[str, Any]: ...  # not rounded
 
     def run(self, values: Mapping[str, Any]) -> list[Any]: ...
 
@@ -120,26 +120,39 @@ def environment(plan: Plan, values: Mapping[str, Any]) -> dict[Any, Any]:
     return env
 
 
-def compute(plan: Plan, old: Mapping[str, Any]) -> dict[str, Any]:
+def compute(
+    plan: Plan, old: Mapping[str, Any], exact: dict[str, Any]
+) -> dict[str, Any]:
     """{path: new kernel or bias}, of the kind of array the variables are.
 
-    In float64 NumPy where the variables are values, else on shapes or tracers.
+    In float64 NumPy where the variables are values, else on shapes or tracers. Of the
+    leaves in `exact` those values are read; it gains the new ones, before rounding.
     """
     program = plan.program
     leaves = {i: old[p] for i, p in enumerate(program.trace.paths)}
+    kernel_of = {bias: kernel for kernel, bias in plan.held.items() if bias}
+    dtypes = {
+        p: v.aval.dtype
+        for p, v in zip(program.trace.paths, program.leaf_vars, strict=True)
+    }
 
     def run(leaves: Mapping[int, Any]) -> dict[str, Any]:
         return plan.arrays(_float64.Known(program, leaves))
 
+    def rounded(out: Mapping[str, Any]) -> dict[str, Any]:
+        return {p: x.astype(dtypes[kernel_of.get(p, p)]) for p, x in out.items()}
+
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves.values()):
-        return jax.eval_shape(run, leaves)
+        return jax.eval_shape(lambda leaves: rounded(run(leaves)), leaves)
     if any(tracing.is_tracer(x) for x in leaves.values()):
-        return run({i: jnp.asarray(x) for i, x in leaves.items()})
-    out = run({i: _float64.wide(x) for i, x in leaves.items()})
-    beside = {bias: kernel for kernel, bias in plan.held.items() if bias}
+        return rounded(run({i: jnp.asarray(x) for i, x in leaves.items()}))
+    paths = program.trace.paths
+    wide = {i: exact.get(paths[i], _float64.wide(x)) for i, x in leaves.items()}
+    out = run(wide)
+    exact.update(out)
     placed = {}
-    for path, value in out.items():
-        value, like = jnp.asarray(value), old[beside.get(path, path)]
+    for path, value in rounded(out).items():
+        value, like = jnp.asarray(value), old[kernel_of.get(path, path)]
         if isinstance(like, jax.Array) and len(like.sharding.device_set) > 1:
             if like.shape == value.shape or like.sharding.is_fully_replicated:
                 value = jax.device_put(value, like.sharding)
@@ -147,13 +160,13 @@ def compute(plan: Plan, old: Mapping[str, Any]) -> dict[str, Any]:
     return placed
 
 
-def rebuild(variables: Any, plan: Plan) -> Any:
+def rebuild(variables: Any, plan: Plan, exact: dict[str, Any]) -> Any:
     """The variables after a pass.
 
     Dicts stay dicts with their own keys; any other container in which something comes
     or goes becomes a dict.
     """
-    new = compute(plan, trees.flat(variables))
+    new = compute(plan, trees.flat(variables), exact)
     beside = {kernel: bias for kernel, bias in plan.held.items() if bias}
     return _rebuild(variables, "", new, beside, plan.dropped)
 

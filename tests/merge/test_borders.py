@@ -39,6 +39,16 @@ def padding_twice(t, x):
     return t.conv(y, "two", 2, 3, 1, SQUARE)
 
 
+def low_padding_twice(t, x):
+    y = t.conv(x, "one", 16, 3, 1, ((1, 2), (2, 2)))
+    return t.conv(y, "two", 2, 3, 1, ((1, 0), (0, 0)))
+
+
+def high_padding_twice(t, x):
+    y = t.conv(x, "one", 16, 3, 1, ((2, 1), (2, 2)))
+    return t.conv(y, "two", 2, 3, 1, ((0, 1), (0, 0)))
+
+
 def norm_then_padding(t, x):
     return t.conv(t.bn(x, "bn"), "conv", 4, 3, 1, SQUARE) + t.conv(x, "one", 4, 1)
 
@@ -112,6 +122,8 @@ LEFT = {
     "bias, padding": (bias_then_padding, 2, "has a bias, but is padded with zeros"),
     "bias, padded pool": (bias_then_padded_pool, 2, "has a bias, but is padded"),
     "padding twice": (padding_twice, 2, "outside its own output it is not zero"),
+    "padding twice, low": (low_padding_twice, 2, "outside its own output it is not"),
+    "padding twice, high": (high_padding_twice, 2, "outside its own output it is not"),
     "norm, padding": (norm_then_padding, 2, "has a bias, but is padded with zeros"),
     "crop, padding": (crop_then_padding, 2, "outside its own output it is not zero"),
     "count of pixels": (pool_without_padding_in_the_count, 2, "reduce_window"),
