@@ -37,7 +37,7 @@ from rich import console, table
 import compressjax as cj
 from benchmarks.inference import hardware
 
-SCREEN = console.Console(width=100)
+SCREEN = console.Console(width=110)
 
 KERNELS = ((128, 14, 31), (64, 32, 31), (64, 32, 13))  # channels, pixels, kernel
 CROSSOVER = tuple(
@@ -93,8 +93,8 @@ def forms(model: cj.Model, both: bool) -> dict[str, cj.Model]:
     fused = cj.merge.fuse()(model)
     found = {"train form": model, "deploy form": fused}
     if both:
-        found["train form, tuned"] = cj.deploy.tune()(model)
-    found["deploy form, tuned"] = cj.deploy.tune()(fused)
+        found["train, tuned"] = cj.deploy.tune()(model)
+    found["deploy, tuned"] = cj.deploy.tune()(fused)
     return found
 
 
