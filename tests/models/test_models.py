@@ -214,7 +214,6 @@ COMPILED = (
     "vit",
     "srresnet",
     "sev2_cifar_resnet",
-    "repvgg",
     "replknet",
 )
 

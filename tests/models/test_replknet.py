@@ -82,7 +82,7 @@ def of_shapes(net, pixels):
 
 
 TRACED = {
-    "31B": models.replknet("31B", blocks=(1, 2), widths=(8, 16), kernels=(31, 29)),
+    "31B": models.replknet("31B", blocks=(1, 1), widths=(8, 16), kernels=(31, 29)),
     "XL": models.replknet("XL", blocks=(1, 1), widths=(8, 16), kernels=(13, 7)),
 }
 
@@ -93,9 +93,10 @@ def test_a_trace_counts_what_the_fields_give(name):
     model, pairs = of_shapes(TRACED[name], 32), sum(TRACED[name].blocks)
     forms = {
         "train": model,
-        "merged": cj.merge.fuse(where="**/lk/**")(model),
         "fused": cj.merge.fuse()(model),
     }
+    if name == "31B":
+        forms["merged"] = cj.merge.fuse(where="**/lk/**")(model)
     for form, made in forms.items():
         costs = cj.costs.count(made)
         # What stands before an average is no neighbour of the head: its norm stays.
@@ -113,8 +114,10 @@ def whole():
 
 
 def test_31b_itself_at_full_size(whole):
-    costs = cj.costs.count(whole)
-    assert (costs.params, costs.macs) == (79_864_168, 15_431_298_048)
+    params, macs = by_hand(models.replknet("31B"), 224, "train")
+    leaves = trees.flat(whole.select_trainable()).values()
+    assert sum(leaf.size for leaf in leaves) == params == 79_864_168
+    assert macs == 15_431_298_048
 
 
 def test_rates_of_drop_path_grow_to_the_last_pair():
