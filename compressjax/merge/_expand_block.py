@@ -9,6 +9,7 @@ new = m old + (1 - m) batch, the biased variance, as in Flax.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -73,7 +74,7 @@ class Block:
             for layer in branch:
                 mine: dict[str, Any] = {}
                 if layer.does == "add_one":
-                    mine["kernel"] = jnp.zeros(layer.conv.shape, w.dtype)
+                    mine["kernel"] = _full(layer.conv.shape, 0, w.dtype)
                 elif layer.does == "conv":
                     mine["kernel"] = kernel_of(layer.conv, True)
                 elif layer.does == "site" and self.grown:
@@ -83,16 +84,13 @@ class Block:
                     gain = 1 / 3
                 elif not official and i and layer is branch[-1]:
                     gain = 0.0
-                n = (layer.channels,)
-                mine["bn"] = {
-                    "scale": jnp.full(n, gain, w.dtype),
-                    "bias": jnp.zeros(n, w.dtype),
-                }
+                full = functools.partial(_full, layer.channels)
+                mine["bn"] = {"scale": full(gain, w.dtype), "bias": full(0, w.dtype)}
                 # var + epsilon = 1: the norm starts as its gain and shift alone
                 var = 1.0 if official else 1 - self.epsilon
                 params[layer.name] = mine
                 stats[layer.name] = {
-                    "bn": {"mean": jnp.zeros(n, stat), "var": jnp.full(n, var, stat)}
+                    "bn": {"mean": full(0, stat), "var": full(var, stat)}
                 }
         return kernel, params, stats
 
@@ -149,6 +147,10 @@ class Block:
         shape = [-1 if a == channel else 1 for a in range(y.ndim)]
         y = (y - mean.reshape(shape)) * t.reshape(shape)
         return y + params["bias"].reshape(shape), stats
+
+
+def _full(shape: Any, value: float, dtype: Any) -> jax.Array:
+    return jnp.asarray(np.full(shape, value, dtype))  # NumPy compiles nothing
 
 
 def _inside(layer: kinds.Layer, y: Any) -> Any:

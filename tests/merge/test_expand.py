@@ -371,9 +371,9 @@ INNER = (
 
 
 def test_quantizers_and_channels_see_the_branches():
-    model = spread(expanded("acb"), 2)
+    model = spread(cj.merge.expand("acb", "square/kernel")(network()), 2)
     quantized = cj.quantize.insert(cj.quantize.uniform(16))(model)
-    assert len(quantized.bits) == 11  # 3 sites of 3 branches, 1x1, head
+    assert len(quantized.bits) == 7  # five layers, two strips
     run = jax.jit(lambda models: [m(X) for m in models])
 
     groups = [g for g in cj.prune.groups(model) if g.prunable]
