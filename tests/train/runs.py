@@ -23,9 +23,16 @@ def command(workdir, cache_dir, *overrides, config=TINY):
     ]
 
 
-def start(workdir, cache_dir, *overrides, devices=1, config=TINY):
-    """A run in a process of its own, with so many CPU devices."""
+def start(workdir, cache_dir, *overrides, devices=1, config=TINY, compiled=None):
+    """A run in a process of its own, with so many CPU devices.
+
+    Runs that are given the same directory `compiled` compile each function once.
+    """
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    if compiled is not None:
+        env["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
+        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        env["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     env["XLA_FLAGS"] = flags.xla_flags(devices)
     return subprocess.Popen(
         command(workdir, cache_dir, *overrides, config=config),

@@ -39,6 +39,13 @@ def assert_same_run(a: pathlib.Path, b: pathlib.Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def again(tmp_path_factory, cache_dir):
+    """Starts a run; its runs share what they compile, but not with `whole`."""
+    compiled = tmp_path_factory.mktemp("compiled")
+    return lambda workdir: runs.start(workdir, cache_dir, compiled=compiled)
+
+
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache_dir):
     """A run that nobody stopped."""
     workdir = tmp_path_factory.mktemp("whole")
@@ -47,12 +54,12 @@ def whole(tmp_path_factory, cache_dir):
 
 
 @pytest.mark.slow
-def test_killed_in_each_stage_that_trains(whole, tmp_path, cache_dir):
+def test_killed_in_each_stage_that_trains(whole, tmp_path, again):
     chance = random.Random(20)
     # In float training, in finetuning after the pruning, in training with quantizers:
     # a little after the directory of this checkpoint is made, so some fall in a save.
     for name in ("00-00000014", "01-00000028", "02-00000014"):
-        process = runs.start(tmp_path, cache_dir)
+        process = again(tmp_path)
         place = tmp_path / "checkpoints" / name
         until = time.monotonic() + 120
         while not place.exists() and process.poll() is None:
@@ -62,16 +69,14 @@ def test_killed_in_each_stage_that_trains(whole, tmp_path, cache_dir):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    output = runs.finish(runs.start(tmp_path, cache_dir))
+    output = runs.finish(again(tmp_path))
     assert "going on from checkpoint 02-" in output
     assert_same_run(whole, tmp_path)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(
-    whole, tmp_path, cache_dir
-):
-    process = runs.start(tmp_path, cache_dir)
+def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(whole, tmp_path, again):
+    process = again(tmp_path)
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -92,7 +97,7 @@ def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(
     content[len(content) // 2] ^= 16
     file.write_bytes(bytes(content))
 
-    output = runs.finish(runs.start(tmp_path, cache_dir))
+    output = runs.finish(again(tmp_path))
     for bad in (newest, before):
         (line,) = [x for x in output.splitlines() if str(bad) in x]
         assert "altered; not used" in line
