@@ -324,6 +324,31 @@ def near(a, b, rtol=1e-5, atol=0.0):
     np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
+def test_official_start():
+    """Gains of the papers; kernels drawn apart, the same for the same key."""
+    model, _ = LAYERS["depthwise"].model()
+    key = jax.random.key(1)
+
+    def start(kind, key=key):
+        make = cj.merge.expand(kind, init="official", key=key, kernel_size=7, small=5)
+        return trees.flat(make(model).variables)
+
+    for kind, gain in (("acb", 1 / 3), ("dbb", 1), ("repvgg", 1), ("replk", 1)):
+        found = start(kind)
+        gains = {p: x for p, x in found.items() if p.endswith("scale")}
+        assert len(gains) >= 2 and all(
+            (x == np.float32(gain)).all() for x in gains.values()
+        )
+        drawn = [p for p in found if p.endswith("kernel") and p != "params/conv/kernel"]
+        again, other = start(kind), start(kind, jax.random.key(2))
+        for p in drawn:
+            assert (found[p] == again[p]).all() and (found[p] != other[p]).all(), p
+    old = model.variables["params"]["conv"]["kernel"]
+    assert (start("acb")["params/conv/kernel"] == old).all()
+    large = start("replk")["params/conv/kernel"]
+    near(large.std(), np.sqrt(2 / 49), rtol=0.2)  # He: fan-in 49
+
+
 def test_without_the_keyword_train():
     """A plain function: batches are used, and statistics move, where they may."""
     model, x = LAYERS["3x3"].model()
