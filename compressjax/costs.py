@@ -30,9 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich import box, console, jupyter, table, text
 
-from compressjax.core import errors, lowered, macs, packing, trace, trees
+from compressjax.core import errors, lowered, macs, packing, sites, trace, trees
 from compressjax.core.model import Model, expect
-from compressjax.core.sites import Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +108,7 @@ def count(model: Model, **kwargs: Any) -> Costs:
     >>> costs.params, costs.macs, costs.bops, costs.bytes
     (8, 6, 6144, 32)
     """
-    counted, found = _sites_of_one_example(expect(model), kwargs)
+    counted, found = one_example(expect(model), **kwargs)
     leaves = trees.flat(model.variables)
     kept, unread = _kept(leaves), _unread(model.variables)
     given = {_tail(name): bits for name, bits in model.bits.items()}
@@ -180,14 +179,20 @@ def count(model: Model, **kwargs: Any) -> Costs:
     )
 
 
-def _sites_of_one_example(model: Model, kwargs: Mapping[str, Any]):
+def one_example(model: Model, **kwargs: Any) -> tuple[macs.Counted, sites.Found]:
+    """The network traced with one example, and its sites: what `count` counts.
+
+    Raises:
+      UnsupportedError: as `count` does.
+    """
+
     def first(spec: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *spec.shape[1:])[: spec.ndim], spec.dtype)
 
     one = jax.tree.map(first, model.inputs)
     try:
         fn = lowered.plain(model.apply_fn)
-        traced = trace.trace(fn, model.variables, one, dict(kwargs))
+        traced = trace.trace(fn, model.variables, one, kwargs)
     except (TypeError, ValueError) as error:
         raise errors.UnsupportedError(
             f"the network cannot be traced with one example: {error}",
@@ -249,7 +254,7 @@ def _width(dtype: Any) -> int:
 
 
 def _bits(
-    site: Site, leaves: Mapping[str, Any], given: Mapping[str, tuple[int, int]]
+    site: sites.Site, leaves: Mapping[str, Any], given: Mapping[str, tuple[int, int]]
 ) -> tuple[int, int]:
     """(weight bits, input bits): as the Model says, else as wide as the types."""
     w = _width(site.w.dtype if site.leaf is None else leaves[site.leaf].dtype)

@@ -209,8 +209,6 @@ class Engine:
         outer: tuple[Any, ...] = (),
     ) -> list[Labels]:
         """The labels of the results of a jaxpr; one call, one walk."""
-        from compressjax.core import label_rules
-
         env: dict[Any, Labels] = dict(zip(jaxpr.invars, args, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             env[var] = self.constant(value)
@@ -220,13 +218,18 @@ class Engine:
                 return self.constant(atom.val)
             return env[atom]
 
-        rules, unknown = label_rules.RULES, label_rules.unknown
         for eqn in jaxpr.eqns:
-            name = eqn.primitive.name
-            self.where = (name, eqn, outer)
-            outs = rules.get(name, unknown)(self, eqn, [read(a) for a in eqn.invars])
+            self.where = (eqn.primitive.name, eqn, outer)
+            outs = self.step(eqn, [read(a) for a in eqn.invars])
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(a) for a in jaxpr.outvars]
+
+    def step(self, eqn: Any, ins: list[Labels]) -> list[Labels]:
+        """The labels of the results of one equation, by the rule of its primitive."""
+        from compressjax.core import label_rules
+
+        rule = label_rules.RULES.get(eqn.primitive.name, label_rules.unknown)
+        return rule(self, eqn, ins)
 
     def explain(self, where: Any) -> str:
         """The text of a reason."""
