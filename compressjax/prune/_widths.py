@@ -93,7 +93,7 @@ def polynomial(
     >>> m = cj.from_function(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"],
     ...     {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((1, 3)))
     >>> macs = cj.prune.polynomial(m, cj.prune.groups(m)[:1])
-    >>> macs([4]), macs([1]), macs.terms
+    >>> macs([4]), macs([1]), macs.terms  # 5 w
     (20, 5, ((5, ((0, ((0, 1),)),)),))
     """
     if count not in ("macs", "params"):
@@ -285,7 +285,11 @@ def _terms(size: int, sets: Sequence[Any], owner: _Owner, name: str) -> list[Ter
         terms = [(m // length, f) for m, f in terms]
         if all(len(owners) < 2 for owners in live):
             pairs = tuple((o[0], n) for o, n in live.items() if o)
-            terms = [(m, (*f, (live.get((), 0), pairs))) for m, f in terms]
+            factor = (live.get((), 0), pairs)
+            if pairs:
+                terms = [(m, (*f, factor)) for m, f in terms]
+            else:
+                terms = [(m * factor[0], f) for m, f in terms]
             continue
         terms = [
             (m * n, (*f, *((0, ((g, 1),)) for g in owners)))
