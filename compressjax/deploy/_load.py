@@ -34,6 +34,7 @@ def _prune(step: Step) -> Transform:
 REPLAY: dict[str, Callable[[Step], Transform]] = {
     "merge.expand": _expand.replay,
     "merge.fuse": lambda step: merge.fuse(**step.settings),
+    "prune.cluster": _prune,
     "prune.mask": _prune,
     "prune.shrink": _prune,
     "quantize.insert": _insert.replay,
