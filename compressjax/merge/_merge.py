@@ -219,6 +219,8 @@ def _choose(flow: _branches.Flow, sink: Any) -> tuple[_host.Host | None, str]:
     others = [h.site.name for h in hosts]
     host = next((h for h in hosts if h.fits), None)
     together = f"merging {' + '.join(others)}"
+    if len(others) == 1:
+        together += " with what is beside it"
     if host is None:
         g = view.op.geometry
         return (
