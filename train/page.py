@@ -142,7 +142,7 @@ def training(found: dict[str, Any]) -> str:
 
 
 def accuracy(found: dict[str, Any]) -> str:
-    """Accuracy at the end of each stage, and before the stage trained."""
+    """Accuracy at the end of each stage; after its transform, before it trained."""
     with matplotlib.rc_context(STYLE):
         stages = found["stages"]
         figure = _figure(4.7, 1.2 + 0.42 * len(stages))
@@ -173,7 +173,10 @@ def accuracy(found: dict[str, Any]) -> str:
         axes.set_title("Test accuracy, %")
         handles, labels = axes.get_legend_handles_labels()
         shown = dict(zip(labels, handles, strict=True))  # one of each
-        kinds = {"after": "at the end of the stage", "before": "before it trained"}
+        kinds = {
+            "after": "at the end of the stage",
+            "before": "transformed, before it trained",
+        }
         figure.legend(
             [shown[k] for k in kinds if k in shown],
             [text for k, text in kinds.items() if k in shown],

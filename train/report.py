@@ -74,6 +74,8 @@ def collect(
                 "name": stage.name,
                 "epochs": stage.epochs,
                 "accuracy": own[-1]["test_accuracy"],
+                "accuracy_of_stage_before": stages[-1]["accuracy"] if stages else None,
+                # Its transform has pruned or quantized by then.
                 "accuracy_before_training": own[0]["test_accuracy"],
                 "loss": own[-1]["test_loss"],
                 "params": costs.params,

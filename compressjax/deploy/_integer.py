@@ -115,14 +115,14 @@ def integer(
     def transform(model: Model) -> Model:
         found = dict(plan) if plan is not None else None
         packing, found = pack(model, found, weight_only=weight_only)
+        reasons = "; ".join(f"{k}: {v}" for k, v in found["float"].items())
         if weight_only and not packing.bits:
             raise errors.RefusedError(
-                "no weight has codes of 8 bits or less.",
+                f"no weight has codes of 8 bits or less ({reasons or 'no sites'}).",
                 operation="deploy.integer",
                 remedy="Quantize weights first: cj.quantize.insert(quantizer).",
             )
         if not weight_only and not packing.products:
-            reasons = "; ".join(f"{k}: {v}" for k, v in found["float"].items())
             raise errors.RefusedError(
                 f"no site has codes of 8 bits on both sides ({reasons or 'no sites'}).",
                 operation="deploy.integer",

@@ -194,7 +194,10 @@ class Pack(Walk):
             return {"reason": f"its weight has codes {low:g}..{high:g}, not integers"}
         bits, signed = packing.word_length(int(low), int(high))
         if bits > 8:
-            return {"reason": f"its weight has codes of {bits} bits"}
+            odd = "odd codes" if (codes % 2 == 1).all() else "codes"
+            more = ": quantize.dorefa packs up to 7 bits" if odd != "codes" else ""
+            why = f"its weight has {odd} {low:g}..{high:g}, which take {bits} bits"
+            return {"reason": why + more}
         if (zero != np.rint(zero)).any() or (zero != np.clip(zero, low, high)).any():
             return {"reason": "its weight has a zero point that is none of its codes"}
         codes = np.broadcast_to(codes, shape)

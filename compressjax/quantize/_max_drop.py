@@ -19,6 +19,7 @@ Differs: where more bits do worse (it happens within noise), bisection may miss 
 smaller network that would pass.
 """
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -45,6 +46,26 @@ class Drop(NamedTuple):
     def bound(self, confidence: float | None) -> float:
         """What is compared with max_drop."""
         return self.mean if confidence is None else self.high
+
+
+def check_bound(max_drop: Any, evaluate: Any) -> None:
+    """Raises TypeError or ValueError for what is no bound, or has no scores."""
+    if (max_drop is None) != (evaluate is None):
+        raise ValueError("max_drop and evaluate go together: give both or none.")
+    if max_drop is None:
+        return
+    if isinstance(max_drop, bool) or not isinstance(max_drop, numbers.Real):
+        raise TypeError(
+            f"max_drop={max_drop!r}: give a number, such as 0.01 for one hundredth of "
+            "the score."
+        )
+    if not float(max_drop) >= 0:
+        raise ValueError(f"max_drop={max_drop}: give 0 or more.")
+    if not callable(evaluate):
+        raise TypeError(
+            f"evaluate is a {type(evaluate).__name__}: give a function Model -> scores "
+            "f32[N]."
+        )
 
 
 def check_confidence(confidence: Any) -> None:

@@ -81,8 +81,8 @@ def ptq(
 
     Args:
       batches: a re-iterable of input tuples, preprocessed as in evaluation.
-      bits: word length, or (weight bits, input bits). 32 is "off" up to float32
-        round-off, but inputs beyond the calibrated range are still clipped.
+      bits: word length, or (weight bits, input bits). 32 is "off": neither rounded nor
+        clipped.
       observer: of inputs; default `observers.minmax()` from 8 bits up,
         `observers.mse()` below.
       weight_observer: of weights; default `observers.minmax()` above 4 bits,
@@ -122,22 +122,16 @@ def ptq(
     >>> q(jnp.array([[1.004, 5.0]])).round(4).tolist(), q.bits["params/w"]
     ([[1.0, 2.549999952316284]], (8, 8))
     """
-    if isinstance(rounding, str) and rounding not in ("nearest", "learned"):
-        raise ValueError(
-            f'rounding={rounding!r}: give "nearest", "learned" or a transform.'
-        )
-    if equalize not in (False, True, "absorb"):
-        raise ValueError(f'equalize={equalize!r}: give True, False or "absorb".')
-    if (max_drop is None) != (evaluate is None):
-        raise ValueError("max_drop and evaluate go together: give both or none.")
-    if key is None and (rounding == "learned" or max_drop is not None):
+    _check_choices(rounding, equalize, correct_bias, overrides)
+    _max_drop.check_bound(max_drop, evaluate)
+    if key is None and (
+        isinstance(rounding, str) and rounding == "learned" or max_drop is not None
+    ):
         raise ValueError('rounding="learned" and max_drop need a `key`.')
     if ends is not None and (isinstance(ends, bool) or not isinstance(ends, int)):
         raise TypeError(f"ends={ends!r}: give a number of bits, such as 8, or None.")
     if ends is not None and not 1 <= ends <= 32:
         raise ValueError(f"ends={ends}: give a number of bits from 1 to 32, or None.")
-    if correct_bias not in (True, False):
-        _correct_bias.check_method(correct_bias, "correct_bias")
     _guard.check_action(guard, "guard")
     _max_drop.check_confidence(confidence)
     if key is not None:
@@ -176,7 +170,7 @@ def ptq(
         if rounding == "learned":
             assert key is not None
             out = _round.learn_rounding(batches, key=key)(out)
-        elif rounding != "nearest":
+        elif not isinstance(rounding, str):
             out = rounding(out)
         if correct_bias:
             method = "empirical" if correct_bias is True else correct_bias
@@ -235,6 +229,29 @@ def ptq(
         return board, [dict(b for o in s for b in o.bits) for s in reversed(path)]
 
     return transform
+
+
+def _check_choices(
+    rounding: Any, equalize: Any, correct_bias: Any, overrides: Any
+) -> None:
+    """Raises ValueError or TypeError for an option that is none."""
+    if not callable(rounding) and not (
+        isinstance(rounding, str) and rounding in ("nearest", "learned")
+    ):
+        raise ValueError(
+            f'rounding={rounding!r}: give "nearest", "learned" or a transform.'
+        )
+    if not isinstance(equalize, bool) and not (
+        isinstance(equalize, str) and equalize == "absorb"
+    ):
+        raise ValueError(f'equalize={equalize!r}: give True, False or "absorb".')
+    if not isinstance(correct_bias, bool):
+        _correct_bias.check_method(correct_bias, "correct_bias")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise TypeError(
+            f"overrides is a {type(overrides).__name__}: give a dict "
+            '{glob: bits}, such as {"conv1/**": 8}.'
+        )
 
 
 def _equalized(model: Model, batches: Iterable[Any], *, absorb: bool) -> Model:

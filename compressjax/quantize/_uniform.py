@@ -55,8 +55,8 @@ def uniform(
     """A quantizer with evenly spaced codes.
 
     Args:
-      bits: word length, 2..32 (1..32 unsigned). Above 24 bits float32 holds the codes
-        only nearly: use that as "off".
+      bits: word length, 2..32 (1..32 unsigned). 32 is "off": x itself, neither rounded
+        nor clipped. From 25 to 31 bits float32 holds the codes only nearly.
       symmetric: zero point 0.
       signed: codes on both sides of zero.
       narrow: leave the most negative code out, so that codes are symmetric too.
@@ -140,6 +140,8 @@ def uniform(
         return finish(lo.reshape(shape), hi.reshape(shape))
 
     def apply(state: _quantizer.State, x: Any) -> jax.Array:
+        if bits == 32:
+            return jnp.asarray(x)
         s, z = (
             _spread(jax.lax.stop_gradient(state[k]), x.shape) for k in ("scale", "zero")
         )

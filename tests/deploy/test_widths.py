@@ -309,3 +309,19 @@ def test_sums_that_may_not_fit_stay_float():
     packed = cj.deploy.integer(tune=False)(model)
     rows = {r.path: r.reason for r in packed.report}
     assert "31 bits" in rows["params/w"] and rows["params/v"] == ""
+
+
+@pytest.mark.parametrize("weight_only", [False, True])
+def test_dorefa_of_8_bits_says_why_it_does_not_pack(weight_only):
+    """w = (2 m - 255) / 255: odd numbers up to 255 on both sides; 7 bits fit a byte."""
+    x = np.eye(4, dtype=np.float32)
+    model = cj.from_function(lambda p, x: x @ p["w"], {"w": x + 0.1}, x)
+    inputs = cj.quantize.uniform(8)
+    pack = cj.deploy.integer(tune=False, weight_only=weight_only)
+    made = [
+        cj.quantize.insert(cj.quantize.dorefa(b), inputs, batches=[(x,)])(model)
+        for b in (7, 8)
+    ]
+    assert pack(made[0]).variables["integer"]["w"].nbytes == 14  # 16 of 7 bits
+    with pytest.raises(errors.RefusedError, match=r"w: .*odd codes -255..255.* 7 bits"):
+        pack(made[1])

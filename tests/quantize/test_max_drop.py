@@ -186,3 +186,19 @@ def test_overrides_and_ends_are_not_searched(digits):
         "params/dense0/kernel": (8, 8),  # the first
         "params/dense1/kernel": (2, 2),
     }
+
+
+def test_with_learned_rounding(digits):
+    """Learned codes are what is evaluated: they pass where nearest ones would not."""
+    start = jax.random.key(0)
+    learn = cj.quantize.learn_rounding(digits.batches, key=start, iterations=250)
+    how = {"evaluate": digits.correct, "key": start, "confidence": None, "ends": None}
+    how |= {"max_drop": 0.04, "overrides": {"**": (3, 8)}}
+    with pytest.raises(errors.RefusedError, match="not even the most bits"):
+        ptq(digits.batches, 8, **how)(digits.model)
+    small = ptq(digits.batches, 8, rounding=learn, **how)(digits.model)
+    assert set(small.bits.values()) == {(3, 8)}
+    assert "quantize.learn_rounding" in [s.name for s in small.history]
+    lost = digits.correct(digits.model) - digits.correct(small)
+    assert float(lost.mean()) <= 0.04
+    assert f"drop {float(lost.mean()):.4g}" in row(small).achieved

@@ -80,7 +80,8 @@ def found(tmp_path_factory):
         for name, e, s, a in [
             ("float", 0, 0, 0.1),
             ("float", 1, 22, 0.9),
-            ("int8", 0, 22, 0.8),
+            ("int8", 0, 22, 0.7),
+            ("int8", 1, 44, 0.8),
             ("integer", 0, 22, 0.8),
         ]
     ]
@@ -100,7 +101,12 @@ def test_numbers_in_the_json(found):
     assert floating["bops"] == floating["macs"] * 32 * 32
     assert int8["bops"] == int8["macs"] * 8 * 8
     assert floating["accuracy"] == 0.9
-    assert floating["accuracy_before_training"] == 0.1
+    # Before its transform, after it, and at the end of the stage.
+    before = [
+        (s["accuracy_of_stage_before"], s["accuracy_before_training"], s["accuracy"])
+        for s in stages
+    ]
+    assert before == [(None, 0.1, 0.9), (0.9, 0.7, 0.8), (0.8, 0.8, 0.8)]
     assert integer["weight_bytes"] < floating["weight_bytes"]
     # Fake-quantized weights count at 8 bits, and are floats in the saved files.
     assert int8["weight_bytes"] < floating["weight_bytes"] / 2
