@@ -143,6 +143,9 @@ MODELS = {
             cj.quantize.schedule(inputs_after=1, ranges_until=2),
         )
     ),
+    "quantize.rescale_weights": Contract(
+        cj.compose(cj.quantize.ptq(batches(), bits=16), cj.quantize.rescale_weights())
+    ),
     "quantize.learn_rounding": Contract(
         cj.compose(
             cj.quantize.ptq(batches(), bits=16),

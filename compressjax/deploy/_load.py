@@ -41,6 +41,7 @@ REPLAY: dict[str, Callable[[Step], Transform]] = {
     "quantize.calibrate": _insert.replay,
     "quantize.correct_bias": _correct_bias.replay,
     "quantize.learn_rounding": lambda step: lambda model: model.then(step),
+    "quantize.rescale_weights": lambda step: lambda model: model.then(step),
     "quantize.equalize": lambda step: lambda model: model.then(step),
     "quantize.remove": lambda step: _remove.remove(),
     "quantize.schedule": lambda step: _schedule.schedule(**step.settings),

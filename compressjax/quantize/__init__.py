@@ -28,6 +28,7 @@ from compressjax.quantize._ptq import ptq as ptq
 from compressjax.quantize._quantizer import Quantizer as Quantizer
 from compressjax.quantize._reestimate import reestimate_norms as reestimate_norms
 from compressjax.quantize._remove import remove as remove
+from compressjax.quantize._rescale_weights import rescale_weights as rescale_weights
 from compressjax.quantize._round import learn_rounding as learn_rounding
 from compressjax.quantize._schedule import schedule as schedule
 from compressjax.quantize._sensitivity import sensitivity as sensitivity

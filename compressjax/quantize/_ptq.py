@@ -15,6 +15,7 @@ The golden rules, and who keeps them:
      8  bias int32                           deploy.integer
      9  joins share a scale                  deploy.integer
     10  bias correction                      correct_bias=True, or its method
+        and that of weights                  rounding=rescale_weights()
     11  learned rounding                     rounding="learned"
     12  in the order of the network          rounding, correct_bias; ranges are all
                                              observed on the float network
