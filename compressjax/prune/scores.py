@@ -1,51 +1,22 @@
 """How much each channel of a group matters: ``score(model, group) -> f64[size]``.
 
-Higher stays. Each is the sum over all slices of all producers of the group, so that
-tied channels (a residual stage) are judged together.
+Higher stays. Scores of weights look at all slices of all producers of the group, so
+that tied channels (a residual stage) are judged together. `taylor` and `activation`
+look at data too.
 """
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
-from compressjax.core import errors, trees
+from compressjax.core import trees
 from compressjax.core.model import Model
+from compressjax.prune import _score_parts as parts
+from compressjax.prune._activation import activation as activation
 from compressjax.prune._groups import ChannelGroup
-
-Score = Callable[[Model, ChannelGroup], np.ndarray]
-
-
-def _summed(
-    model: Model,
-    group: ChannelGroup,
-    axes: Iterable[tuple[str, int]],
-    fn: Callable[[np.ndarray], np.ndarray],
-) -> np.ndarray:
-    leaves = trees.flat(model.variables)
-    total = np.zeros(group.size)
-    for path, axis in axes:
-        leaf = leaves[path]
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise errors.RefusedError(
-                "a score needs values, and the variables are shapes only.",
-                path=path,
-                operation="prune.scores",
-                remedy="Use prune.shrink with an explicit keep.",
-            )
-        values = np.asarray(leaf, np.float64)
-        rest = tuple(a for a in range(values.ndim) if a != axis)
-        each = fn(values).sum(axis=rest)
-        index = group.members[path, axis]
-        total += np.bincount(
-            index[index >= 0], weights=each[index >= 0], minlength=group.size
-        )
-    return total
-
-
-def _weights(group: ChannelGroup) -> Iterable[tuple[str, int]]:
-    return group.producers or tuple(group.members)
+from compressjax.prune._score_parts import Score as Score
+from compressjax.prune._taylor import taylor as taylor
 
 
 def l1(model: Model, group: ChannelGroup) -> np.ndarray:
@@ -56,7 +27,8 @@ def l1(model: Model, group: ChannelGroup) -> np.ndarray:
     >>> cj.prune.scores.l1(m, cj.prune.groups(m)[0]).tolist()
     [1.0, 3.0]
     """
-    return _summed(model, group, _weights(group), np.abs)
+    each = parts.slices(model, group, parts.producers(group), np.abs)
+    return np.sum(each, axis=0)
 
 
 def l2(model: Model, group: ChannelGroup) -> np.ndarray:
@@ -68,7 +40,8 @@ def l2(model: Model, group: ChannelGroup) -> np.ndarray:
     >>> cj.prune.scores.l2(m, cj.prune.groups(m)[0]).tolist()
     [5.0, 1.0]
     """
-    return np.sqrt(_summed(model, group, _weights(group), np.square))
+    each = parts.slices(model, group, parts.producers(group), np.square)
+    return np.sqrt(np.sum(each, axis=0))
 
 
 def bn_scale(model: Model, group: ChannelGroup) -> np.ndarray:
@@ -86,15 +59,118 @@ def bn_scale(model: Model, group: ChannelGroup) -> np.ndarray:
     >>> cj.prune.scores.bn_scale(m, cj.prune.groups(m)[0]).tolist()
     [2.0, 1.0]
     """
-    scales = [(p, a) for p, a in group.vectors if p.rsplit("/", 1)[-1] == "scale"]
-    if not scales:
-        raise errors.NoMatchError(
-            "the group has no norm with a scale.",
-            path=group.name,
-            operation="prune.scores.bn_scale",
-            remedy="Choose another score, or leave the group out with exclude=.",
-        )
-    return _summed(model, group, scales, np.abs)
+    scales = parts.scales(group, "prune.scores.bn_scale")
+    return np.sum(parts.slices(model, group, scales, np.abs), axis=0)
+
+
+def magnitude(
+    order: int = 2, *, reduce: str = "sum", normalize: str | None = None
+) -> Score:
+    """The norm of each producer's slice, put on the scale of its layer, then reduced.
+
+    Args:
+      order: 1 or 2: sum of absolute weights, or Euclidean norm.
+      reduce: over the producers of a group: "sum", "mean", "max".
+      normalize: of the norms of one producer: None, by their "mean", "max" or "l2"
+        norm, or "lamp". Without it layers of small weights lose all to the others when
+        all groups are ranked together.
+
+    >>> m = cj.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"],
+    ...     {"a": jnp.array([[1., -3.]]), "b": jnp.ones((2, 1))}, jnp.ones((1, 1)))
+    >>> cj.prune.scores.magnitude(normalize="mean")(m, cj.prune.groups(m)[0]).tolist()
+    [0.5, 1.5]
+    """
+    parts.check(reduce, normalize)
+    if order not in (1, 2):
+        raise ValueError(f"order={order}: give 1 or 2.")
+
+    def score(model: Model, group: ChannelGroup) -> np.ndarray:
+        fn = np.abs if order == 1 else np.square
+        each = parts.slices(model, group, parts.producers(group), fn)
+        if order == 2:
+            each = [np.sqrt(v) for v in each]
+        return parts.combine(each, reduce, normalize)
+
+    return score
+
+
+def normalized(score: Score, by: str) -> Score:
+    """Any score on the scale of its group.
+
+    Args:
+      score: as here.
+      by: "mean", "max", "l2", or "lamp".
+
+    >>> m = cj.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"],
+    ...     {"a": jnp.array([[1., -4.]]), "b": jnp.ones((2, 1))}, jnp.ones((1, 1)))
+    >>> score = cj.prune.scores.normalized(cj.prune.scores.l1, "max")
+    >>> score(m, cj.prune.groups(m)[0]).tolist()
+    [0.25, 1.0]
+    """
+    parts.check("sum", by)
+    return lambda model, group: parts.NORMALISERS[by](score(model, group))
+
+
+def lamp(model: Model, group: ChannelGroup) -> np.ndarray:
+    """Squared norm of each channel over the sum of itself and all larger ones.
+
+    The best channel of every group has 1, so that groups can be ranked together.
+
+    Paper: Lee et al., Layer-Adaptive Sparsity for the Magnitude-Based Pruning, ICLR
+    2021, arXiv 2010.07611. Differs: of channels; `lamp_weights` is the paper's.
+
+    >>> m = cj.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"],
+    ...     {"a": jnp.array([[1., -3.]]), "b": jnp.ones((2, 1))}, jnp.ones((1, 1)))
+    >>> cj.prune.scores.lamp(m, cj.prune.groups(m)[0]).tolist()
+    [0.1, 1.0]
+    """
+    return parts.lamp_of(np.square(l2(model, group)))
+
+
+def lamp_weights(path: str, leaf: Any) -> np.ndarray:
+    """LAMP of single weights, for ``prune.weights(..., score=, scope="global")``.
+
+    Paper: as `lamp`.
+
+    >>> cj.prune.scores.lamp_weights("params/w", jnp.array([[2., -1.]])).tolist()
+    [[1.0, 0.2]]
+    """
+    del path
+    squares = np.square(np.asarray(leaf, np.float64))
+    return parts.lamp_of(squares.ravel()).reshape(squares.shape)
+
+
+def geometric_median(model: Model, group: ChannelGroup) -> np.ndarray:
+    """Distance of each channel to all others of its group, summed (FPGM).
+
+    A channel near the geometric median is the one the others can stand in for. The
+    slices of all producers together are its point.
+
+    Paper: He et al., Filter Pruning via Geometric Median for Deep Convolutional Neural
+    Networks Acceleration, CVPR 2019, arXiv 1811.00250.
+
+    >>> m = cj.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"],
+    ...     {"a": jnp.array([[0., 1., 5.]]), "b": jnp.ones((3, 1))}, jnp.ones((1, 1)))
+    >>> cj.prune.scores.geometric_median(m, cj.prune.groups(m)[0]).tolist()
+    [6.0, 5.0, 9.0]
+    """
+    leaves = trees.flat(model.variables)
+    squares = np.zeros((group.size, group.size))
+    for path, axis in parts.producers(group):
+        index = group.members[path, axis]
+        rows = np.moveaxis(parts.value_of(leaves, path), axis, 0)
+        rows = rows.reshape(len(index), -1)
+        order = np.argsort(np.where(index < 0, group.size, index), kind="stable")
+        many = np.bincount(index[index >= 0], minlength=group.size)
+        points = np.zeros((group.size, many.max(), rows.shape[1]))
+        first = np.cumsum(many) - many
+        for channel in range(group.size):  # its slices, in order of the axis
+            mine = order[first[channel] : first[channel] + many[channel]]
+            points[channel, : many[channel]] = rows[mine]
+        points = points.reshape(group.size, -1)
+        for i, point in enumerate(points):
+            squares[i] += np.square(points - point[None]).sum(axis=1)
+    return np.sqrt(squares).sum(axis=1)
 
 
 def random(key: Any) -> Score:
