@@ -30,11 +30,18 @@ def _prune(step: Step) -> Transform:
     return getattr(room, step.name.removeprefix("prune."))(**step.settings)
 
 
+def _compactors(step: Step) -> Transform:
+    name = step.name.removeprefix("prune.")
+    return importlib.import_module(f"compressjax.prune._{name}").replay(step)
+
+
 # Name of a Step -> its transform, from its settings.
 REPLAY: dict[str, Callable[[Step], Transform]] = {
     "merge.expand": _expand.replay,
     "merge.fuse": lambda step: merge.fuse(**step.settings),
     "prune.cluster": _prune,
+    "prune.compactors": _compactors,
+    "prune.convert": _compactors,
     "prune.mask": _prune,
     "prune.shrink": _prune,
     "quantize.insert": _insert.replay,

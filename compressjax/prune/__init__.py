@@ -4,6 +4,8 @@ from compressjax.prune import scores as scores
 from compressjax.prune._channels import channels as channels
 from compressjax.prune._clusters import cluster as cluster
 from compressjax.prune._clusters import clusters as clusters
+from compressjax.prune._compactors import compactors as compactors
+from compressjax.prune._convert import convert as convert
 from compressjax.prune._groups import ChannelGroup as ChannelGroup
 from compressjax.prune._groups import groups as groups
 from compressjax.prune._mask import mask as mask

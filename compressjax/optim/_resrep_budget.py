@@ -1,0 +1,138 @@
+"""Will a masked column of ResRep reach zero before the run ends?
+
+A masked column feels the lasso alone, so that its length r is a heavy ball under a
+constant force towards zero,
+
+    v <- m v + lambda sign(r),      r <- r - lr_t v,
+
+which falls at lr lambda / (1 - m) a step, overshoots, rings, and settles into steps of
+two of amplitude A = lr lambda / (2 (1 + m)). From length L, masked at step t0,
+
+    sum_{t >= t0} lr_t lambda / (1 - m)  >=  1.5 L      and     A(end) << threshold.
+
+`granularity` columns are masked every `interval` steps, so the last of n is masked at
+
+    t0 = start + interval (ceil(n / granularity) - 1).
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from compressjax.core import errors
+
+
+class ResRepBudget(NamedTuple):
+    """What the last masked column has, and where it ends.
+
+    Attributes:
+      last_mask: step at which it is masked.
+      budget: how far the lasso can move it, in its own lengths.
+      length: its length at the end of the run, by running the recurrence.
+      amplitude: of the cycle it settles into, at the last learning rate.
+      settled: first step from which it stays below the threshold; `steps` if none.
+    """
+
+    last_mask: int
+    budget: float
+    length: float
+    amplitude: float
+    settled: int
+
+
+def resrep_budget(
+    steps: int,
+    learning_rate: Any,
+    *,
+    removals: int,
+    lasso: float = 1e-4,
+    momentum: float = 0.99,
+    start: int = 0,
+    interval: int = 200,
+    granularity: int = 4,
+    threshold: float = 1e-5,
+    length: float = 1.0,
+    margin: float = 1.5,
+) -> ResRepBudget:
+    """The budget of the column that is masked last; refused if it cannot reach zero.
+
+    Args:
+      steps: updates of the run.
+      learning_rate: a number, or a schedule over updates (called once, on all steps).
+      removals: columns to be masked in all.
+      lasso, start, interval, granularity: of `resrep`.
+      momentum: of the compactors' SGD.
+      threshold: norm below which a column is dead.
+      length: of a column when it is masked; 1 is its start.
+      margin: least budget, in lengths.
+
+    Raises:
+      RefusedError: the column is masked after the end, its budget is below `margin`, or
+        it ends above the threshold; with the numbers, and the last step at which it
+        might be masked.
+      ValueError: for a number out of range.
+
+    Differs: the velocity at the moment of masking is taken as zero.
+
+    >>> import optax
+    >>> rate = optax.cosine_decay_schedule(0.05, 4000)
+    >>> b = cj.optim.resrep_budget(4000, rate, removals=1, start=1000, lasso=1e-3)
+    >>> b.last_mask, round(b.budget, 1), b.length < 1e-5
+    (1000, 5.3, True)
+    """
+    if not (0 <= momentum < 1 and lasso > 0 and length > 0 and threshold > 0):
+        raise ValueError(
+            f"momentum={momentum} must lie in [0, 1); lasso={lasso}, length={length} "
+            f"and threshold={threshold} above 0."
+        )
+    if min(steps, removals, interval, granularity) < 1 or start < 0:
+        raise ValueError(
+            f"steps={steps}, removals={removals}, interval={interval} and "
+            f"granularity={granularity} must be positive, start={start} not negative."
+        )
+    each = learning_rate
+    if callable(each):
+        each = each(np.arange(steps))
+    rates = np.broadcast_to(np.asarray(each, np.float64), (steps,))
+    last = start + interval * (-(-removals // granularity) - 1)
+    reach = np.append(np.cumsum(rates[::-1])[::-1], 0.0) * lasso / (1 - momentum)
+    budget = float(reach[min(last, steps)]) / length
+    amplitude = float(rates[-1]) * lasso / (2 * (1 + momentum))
+    end, settled = fall(rates[min(last, steps) :], lasso, momentum, length, threshold)
+    out = ResRepBudget(last, budget, end, amplitude, min(last, steps) + settled)
+    if budget >= margin and end <= threshold and amplitude <= threshold:
+        return out
+    latest = int(np.sum(reach[:-1] >= margin * length)) - 1
+    if budget < margin:
+        why = (
+            f"the lasso can then move it by {budget:.3g} times its length, and "
+            f"{margin} are needed"
+        )
+    else:
+        why = (
+            f"it settles at {max(end, amplitude):.2g}, above the threshold "
+            f"{threshold:g}: let the learning rate end at 0"
+        )
+    when = f"not even if masked at step 0 (budget {reach[0] / length:.3g})"
+    if latest >= 0:
+        when = f"a column masked by step {latest} has the budget"
+    raise errors.RefusedError(
+        f"the last of {removals} columns is masked at step {last} of {steps}, and "
+        f"ends at {end:.2g} of {length:g}: {why}; {when}.",
+        operation="optim.resrep_budget",
+        remedy="Mask earlier or faster (start, interval, granularity), or raise lasso, "
+        "the learning rate or the steps.",
+    )
+
+
+def fall(
+    rates: np.ndarray, lasso: float, momentum: float, length: float, threshold: float
+) -> tuple[float, int]:
+    """(length at the end, first step from which it stays below the threshold)."""
+    r, v, settled = float(length), 0.0, 0
+    for t, rate in enumerate(rates.tolist()):
+        v = momentum * v + lasso * ((r > 0) - (r < 0))
+        r -= rate * v
+        if abs(r) > threshold:
+            settled = t + 1
+    return abs(r), settled
