@@ -7,14 +7,15 @@
 RepLKNet-mini. In the paper (arXiv 2203.06717, tables 3 and 5) large kernels win, and
 without shortcuts lose far more than small ones. "k13": 13x13 with a 5x5 beside it;
 "k13-alone": without; "-bare": without shortcuts. The 3x3 has no smaller one beside it.
-All start from the same key; the order of the pictures is another in each stage.
+All start from the same key; the order of the pictures is another in each stage. Large
+kernels run by FFT or band matrices where a rule says so (`deploy.tune(timed=False)`).
 Results: RESULTS.md. A size for two cores (maps of 14, 7 and 4 pixels):
 
         --config.width=8 --config.images.size=14 \\
-        --config.images.train='train[:10000]' --config.stages[0].epochs=5 \\
-        --config.stages[1].epochs=5 --config.stages[2].epochs=5 \\
-        --config.stages[3].epochs=5 --config.stages[4].epochs=5 \\
-        --config.stages[5].epochs=5 --config.stages[6].epochs=5
+        --config.images.train='train[:10000]' --config.stages[0].epochs=3 \\
+        --config.stages[1].epochs=3 --config.stages[2].epochs=3 \\
+        --config.stages[3].epochs=3 --config.stages[4].epochs=3 \\
+        --config.stages[5].epochs=3 --config.stages[6].epochs=3
 """
 
 import dataclasses
@@ -50,7 +51,8 @@ def network(config, key, images, *, kernel, small=None, shortcut=True):
         shortcut=shortcut,
     )
     x = jnp.zeros(images.shape)
-    return cj.from_linen(module, jax.jit(module.init)(key, x), x)
+    model = cj.from_linen(module, jax.jit(module.init)(key, x), x)
+    return cj.deploy.tune(timed=False, backward=True)(model)
 
 
 def build(config, key, images):

@@ -10,7 +10,8 @@ them as a plain stack of 3x3 convolutions. All start from the same key; the orde
 pictures is another in each stage. Decay is the authors': kernels, and the scale of the
 identity's norm. Results: RESULTS.md. A size for two cores:
 
-        --config.width=8 --config.images.train='train[:10000]' \\
+        --config.width=8 --config.images.size=14 \\
+        --config.images.train='train[:10000]' \\
         --config.stages[0].epochs=5 --config.stages[1].epochs=5 \\
         --config.stages[2].epochs=5 --config.stages[3].epochs=5
 """
