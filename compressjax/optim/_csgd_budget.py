@@ -5,7 +5,9 @@ slow root is about 1 - tau c / (1 - m), so after all steps they are apart by a f
 
     exp(-B),   B = sum_t tau_t eps / (1 - m)
 
-of what they were: B = 16 is 1e-7, the round-off of float32.
+of what they were: B = 16 is 1e-7, the round-off of float32. Momentum sets a bound: no
+step contracts more than sqrt(m), reached where tau c = (1 - sqrt(m))^2; so the exact
+recursion is run as well.
 """
 
 import dataclasses
@@ -47,7 +49,7 @@ def csgd_budget(
     vector_weight_decay: float = 0.0,
     need: float = 16.0,
 ) -> Budget:
-    """The contraction that a run of `csgd` reaches, or a refusal with the numbers.
+    """The contraction that a run of `csgd` reaches, or a refusal that says the numbers.
 
     Args:
       learning_rate: tau, or an Optax schedule of the step.
@@ -59,7 +61,7 @@ def csgd_budget(
 
     Raises:
       RefusedError: B is smaller than `need`, with the strength that would do; or the
-        step is so large that copies are driven apart.
+        recursion leaves more than exp(-need), because steps are too large for it.
       ValueError: numbers out of range.
 
     >>> b = cj.optim.csgd_budget(0.05, 4000, strength=0.05, momentum=0.9)
@@ -85,25 +87,28 @@ def csgd_budget(
     found: dict[str, float] = {}
     for what, (eps, eta, name) in settings.items():
         found[what] = budget = float(tau.sum() * eps / (1 - m))
-        if need and budget < need:
-            area = float(tau.sum()) / (1 - m)
-            enough = f"{need / area:.3g}" if area else "no number"
-            raise errors.RefusedError(
-                f"the {what} of a cluster would not meet: the sum of learning rate x "
-                f"{name} / (1 - momentum) over {steps} steps is {budget:.3g}, and "
-                f"{need:.3g} is needed (a deviation would shrink to "
-                f"{np.exp(-budget):.1e} of itself).",
-                operation="optim.csgd_budget",
-                remedy=f"Take {name}={enough}, more steps, or a higher learning rate.",
-            )
         found[what + "_left"] = left = contraction(tau, eps + eta, m, nesterov)
-        if not left < 1 and (need or budget > 1):
-            raise errors.RefusedError(
-                f"the {what} of a cluster are driven apart: learning rate x {name} "
-                f"reaches {tau.max() * (eps + eta):.3g}.",
-                operation="optim.csgd_budget",
-                remedy=f"Take a smaller {name} or learning rate.",
+        if need == 0 or (budget >= need and left <= np.exp(-need)):
+            continue
+        reached = f"{budget:.3g}, and {need:.3g} is needed"
+        remedy = "Take more steps, or a higher learning rate."
+        if budget < need and tau.any():
+            enough = need / budget * eps
+            remedy = f"Take {name}={enough:.3g}, or: {remedy}"
+        elif budget >= need:
+            reached = (
+                f"{budget:.3g}, but that holds for small steps only, with learning "
+                f"rate x {name} far below (1 - sqrt(momentum))^2 = "
+                f"{(1 - m**0.5) ** 2:.2g}; it reaches {tau.max() * eps:.2g}"
             )
+            remedy = f"Take more steps, or a smaller {name} or momentum."
+        raise errors.RefusedError(
+            f"the {what} of a cluster would not meet: the sum of learning rate x {name}"
+            f" / (1 - momentum) over {steps} steps is {reached}. A deviation comes to "
+            f"{left:.1e} of itself.",
+            operation="optim.csgd_budget",
+            remedy=remedy,
+        )
     return Budget(**found)
 
 
@@ -115,29 +120,28 @@ def contraction(tau: np.ndarray, c: float, m: float, nesterov: bool) -> float:
     """
     if m == 0:
         return float(np.abs(np.prod(1 - tau * c)))
-    product, exponent = np.array([[1.0], [0.0]]), 0.0  # velocity starts at 0
-    for t in tau.tolist():
-        if nesterov:
-            step = np.array([[1 - t * c * (1 + m), -t * m * m], [c, m]])
-        else:
-            step = np.array([[1 - t * c, -t * m], [c, m]])
-        product = step @ product
-        size = float(np.abs(product).max())
-        if size == 0:
-            return 0.0
-        product, exponent = product / size, exponent + np.log(size)
+    if nesterov:
+        step = [[1 - tau * c * (1 + m), -tau * m * m], [c + 0 * tau, m + 0 * tau]]
+    else:
+        step = [[1 - tau * c, -tau * m], [c + 0 * tau, m + 0 * tau]]
+    product, exponent = np.moveaxis(np.array(step), -1, 0), 0.0
+    while len(product) > 1:  # in pairs, scaled so that nothing underflows
+        if len(product) % 2:
+            product = np.concatenate([product, np.eye(2)[None]])
+        product = product[1::2] @ product[::2]
+        size = np.maximum(np.abs(product).max((1, 2), keepdims=True), 1e-300)
+        product, exponent = product / size, exponent + float(np.log(size).sum())
     with np.errstate(under="ignore", over="ignore"):
-        return float(np.abs(product[0, 0]) * np.exp(exponent))
+        return float(np.abs(product[0, 0, 0]) * np.exp(exponent))
 
 
 def _rates(learning_rate: Any, steps: int) -> np.ndarray:
-    schedule: Any = learning_rate
-    if not callable(schedule):
-        return np.full(steps, float(schedule))
+    if not callable(learning_rate):
+        return np.full(steps, learning_rate, np.float64)
     try:
-        tau = np.asarray(schedule(np.arange(steps)), np.float64)
+        tau = np.asarray(learning_rate(np.arange(steps)), np.float64)
     except (TypeError, ValueError):  # a schedule with Python branches
         tau = np.zeros(())
     if tau.shape != (steps,):
-        tau = np.array([float(schedule(t)) for t in range(steps)])
+        tau = np.array([learning_rate(t) for t in range(steps)], np.float64)
     return tau
