@@ -130,6 +130,10 @@ def grow_before(
         maker = program.producer[value]
         if maker in taken:
             return ops, "another product comes before it"
+        averaged = _mean(program, value, axes)
+        if averaged is not None:
+            value, axes = averaged
+            continue
         made = program.eqns[maker]
         carriers = [a for a in made.invars if not program.is_known(a)]
         arithmetic = ("add", "sub", "mul", "div", "neg", "convert_element_type")
@@ -141,6 +145,34 @@ def grow_before(
             return ops, why
         ops.insert(0, step)
         value = carrier
+
+
+def _mean(
+    program: Program, value: Any, axes: tuple[int, ...]
+) -> tuple[Any, tuple[int, ...]] | None:
+    """What a value is the mean of, and where its channels are; None if it is no mean.
+
+    mean(t x + c) = t mean(x) + c, so that what is affine per channel passes, whatever
+    the size of the image. The sum must be divided by its own length.
+    """
+    division = program.eqns[program.producer[value]]
+    if division.primitive.name != "div":
+        return None
+    total, n = division.invars
+    if not isinstance(n, tracing.Literal) or total not in program.producer:
+        return None
+    if program.only_user(total)[0] is None:
+        return None
+    summed = program.eqns[program.producer[total]]
+    x: Any = summed.invars[0]
+    if summed.primitive.name != "reduce_sum" or x not in program.data:
+        return None
+    over = summed.params["axes"]
+    length = math.prod(x.aval.shape[a] for a in over)
+    if np.ndim(n.val) or float(n.val) != length or x.aval.dtype != value.aval.dtype:
+        return None
+    kept = [a for a in range(x.aval.ndim) if a not in over]
+    return x, tuple(kept[a] for a in axes)
 
 
 def trim(program: Program, ops: Sequence[Op], last: bool) -> list[Op]:

@@ -820,3 +820,27 @@ def test_random_networks(seed):
     model = model_of(Draw(seed), (2, 6, 6, 2), seed)
     fused = fuse()(model)
     assert_same(model, fused, batch((2, 6, 6, 2)), 2e-5)
+
+
+class NormThenMean(nn.Module):
+    """The head of RepLKNet: norm, mean over the pixels, dense layer."""
+
+    over: tuple[int, ...] = (1, 2)
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True)(jnp.tanh(x))
+        x = x.sum((1, 2)) / 16 if self.over == () else x.mean(self.over)
+        return nn.Dense(3)(x)
+
+
+def test_a_norm_passes_a_mean():
+    """mean(t x + c) = t mean(x) + c, at any size; a sum over 16 is no mean elsewhere"""
+    model = model_of(NormThenMean(), (2, 4, 4, 5))
+    fused = fuse()(model)
+    assert "batch_stats" not in fused.variables
+    for side in (4, 6):
+        assert_same(model, fused, batch((2, side, side, 5)))
+    by_sum = fuse()(model_of(NormThenMean(()), (2, 4, 4, 5)))
+    with pytest.raises(errors.StructureChangedError):
+        by_sum(batch((2, 6, 6, 5)))
