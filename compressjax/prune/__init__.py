@@ -9,6 +9,7 @@ from compressjax.prune._convert import convert as convert
 from compressjax.prune._groups import ChannelGroup as ChannelGroup
 from compressjax.prune._groups import groups as groups
 from compressjax.prune._mask import mask as mask
+from compressjax.prune._select import select as select
 from compressjax.prune._shrink import shrink as shrink
 from compressjax.prune._trim import trim as trim
 from compressjax.prune._widths import polynomial as polynomial

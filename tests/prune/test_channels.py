@@ -8,7 +8,7 @@ import pytest
 import compressjax as cj
 from compressjax import models, prune
 from compressjax.core import errors
-from compressjax.prune._channels import kept
+from compressjax.prune._select import kept
 from tests.prune import law
 
 
