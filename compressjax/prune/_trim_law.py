@@ -18,7 +18,7 @@ from compressjax.prune import _live_run, _shrink
 from compressjax.prune._cluster_rows import add_up, kept_of, rows_of, snap
 from compressjax.prune._groups import ChannelGroup
 from compressjax.prune._keep import cut, leaf_keeps
-from compressjax.prune._live import Live, merge_units, plain, spell_out
+from compressjax.prune._live import Live, NeedFull, merge_units, plain, spell_out
 
 Chosen = Sequence[tuple[ChannelGroup, np.ndarray]]
 
@@ -137,7 +137,8 @@ def _first_difference(
     """The first operation on data whose live results are not the snapped network's."""
     snapped, _, small, keeps = _both(model, chosen, variables)
     traced = trace.trace(model.apply_fn, snapped, inputs)
-    closed, n = trace.inline(traced), traced.n_variables
+    closed = trace.inline(traced, lambda eqn: "custom" in eqn.primitive.name)
+    n = traced.n_variables
     jaxpr, full = closed.jaxpr, dict[Any, Any]()
     full.update(zip(jaxpr.constvars, closed.consts, strict=True))
     full.update(zip(jaxpr.invars, traced.in_values, strict=True))
@@ -161,7 +162,12 @@ def _first_difference(
             _live_run.from_constant(a.val) if is_literal(a) else lives[a]
             for a in eqn.invars
         ]
-        live_outs = _live_run.step(eqn, ins)
+        scope = trace.scope_of(eqn)
+        name = f"{eqn.primitive.name}{f' in {scope}' * bool(scope)}"
+        try:
+            live_outs = _live_run.step(eqn, ins)
+        except NeedFull:
+            return name
         full.update(zip(eqn.outvars, outs, strict=True))
         lives.update(zip(eqn.outvars, live_outs, strict=True))
         if not any(not is_literal(a) and a in data for a in eqn.invars):
@@ -169,8 +175,7 @@ def _first_difference(
         data.update(eqn.outvars)
         for value, live in zip(outs, live_outs, strict=True):
             if not _agree(live, value, bound):
-                scope = trace.scope_of(eqn)
-                return f"{eqn.primitive.name}{f' in {scope}' * bool(scope)}"
+                return name
     return "the network"
 
 
