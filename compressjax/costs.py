@@ -3,7 +3,8 @@
     params   trained parameters, without running statistics, or the codes and integer
              biases that stand for them; one that a mask removes does not count
     macs     multiply-accumulates of convolutions, dense layers and products of two
-             activations (attention); a weight that a mask removes costs nothing
+             activations (attention); a channel that a mask removes costs nothing,
+             a single weight that a mask removes as much as any
     bops     sum over the sites of macs * weight bits * input bits
     bytes    the variables that evaluation reads: a float weight of a site at its bits,
              as `deploy.integer` will pack it (`core.packing`); codes, packed words,
@@ -86,7 +87,8 @@ def count(model: Model, **kwargs: Any) -> Costs:
 
     The Model is traced at batch size one. Sites inside `scan` count once a step; the
     branches of a `cond` count as if each were taken, and their rows say so. A mask
-    scales the MACs of its site by the share of weights it keeps, rounded up.
+    saves the MACs of the slices that it empties whole, as those of a removed channel.
+    Zeros between others save none, and the row says so: a dense product computes them.
 
     Args:
       model: its variables may be ShapeDtypeStructs, apart from masks.
@@ -110,7 +112,9 @@ def count(model: Model, **kwargs: Any) -> Costs:
     """
     counted, found = one_example(expect(model), **kwargs)
     leaves = trees.flat(model.variables)
-    kept, unread = _kept(leaves), _unread(model.variables)
+    masks, unread = _masks(leaves), _unread(model.variables)
+    kept = {path: int(mask.sum()) for path, mask in masks.items()}
+    boxes = {path: _box(mask) for path, mask in masks.items()}
     given = {_tail(name): bits for name, bits in model.bits.items()}
     integer = any(_is_integer(leaves[s.leaf].dtype) for s in found.sites if s.leaf)
     quantized = integer or any(w < 32 or x < 32 for w, x in model.bits.values())
@@ -125,13 +129,18 @@ def count(model: Model, **kwargs: Any) -> Costs:
             and jnp.issubdtype(site.x.dtype, jnp.floating)
         ):
             x_bits = min(x_bits, 8)
-        amount, params = macs.of_site(site), 0
+        amount, params, notes = macs.of_site(site), 0, []
+        if "cond" in site.inside:
+            notes.append("one branch of several, counted as if taken")
         if site.leaf is not None:
             if _is_packed(leaves[site.leaf]):
                 entries[site.leaf] = math.prod(site.w.shape)
             size = entries[site.leaf]
             left = kept.get(site.leaf, size)
-            amount = -(-amount * left // size) if size else 0
+            box = boxes.get(site.leaf, size)
+            amount = -(-amount * box // size) if size else 0
+            if left < box:
+                notes.append("weights masked one by one: their MACs are not saved")
             params = left if site.leaf not in seen else 0
             seen.add(site.leaf)
             if _is_integer(leaves[site.leaf].dtype):
@@ -155,9 +164,7 @@ def count(model: Model, **kwargs: Any) -> Costs:
                 out=site.out.shape,
                 groups=site.params["feature_group_count"] if site.is_conv else 1,
                 steps=tuple(length for length, _ in site.loops),
-                note="one branch of several, counted as if taken"
-                if "cond" in site.inside
-                else "",
+                note="; ".join(notes),
             )
         )
     return Costs(
@@ -263,8 +270,8 @@ def _bits(
     return (min(w, said[0]), min(x, said[1])) if said else (w, x)
 
 
-def _kept(leaves: Mapping[str, Any]) -> dict[str, int]:
-    """{path of a masked leaf: entries that all its masks keep}."""
+def _masks(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """{path of a masked leaf: what all its masks keep, at the size of the leaf}."""
     masks: dict[str, Any] = {}
     for path, mask in leaves.items():
         collection, _, leaf = path.partition("/")
@@ -279,7 +286,20 @@ def _kept(leaves: Mapping[str, Any]) -> dict[str, int]:
             raise errors.no_match("variable", leaf, leaves)
         mask = np.broadcast_to(np.asarray(mask), leaves[leaf].shape)
         masks[leaf] = masks.get(leaf, True) & mask
-    return {path: int(mask.sum()) for path, mask in masks.items()}
+    return masks
+
+
+def _box(mask: np.ndarray) -> int:
+    """Entries left if the slices that a mask empties whole are cut away.
+
+    >>> _box(np.array([[True, False, False], [False, False, True]]))
+    4
+    """
+    sizes = []
+    for axis in range(mask.ndim):
+        others = tuple(a for a in range(mask.ndim) if a != axis)
+        sizes.append(int(mask.any(axis=others).sum()))
+    return math.prod(sizes)
 
 
 def _unread(variables: Any) -> frozenset[str]:

@@ -35,6 +35,10 @@ def _compactors(step: Step) -> Transform:
     return importlib.import_module(f"compressjax.prune._{name}").replay(step)
 
 
+def _prune_weights(step: Step) -> Transform:
+    return importlib.import_module("compressjax.prune._weights").replay(step)
+
+
 # Name of a Step -> its transform, from its settings.
 REPLAY: dict[str, Callable[[Step], Transform]] = {
     "merge.expand": _expand.replay,
@@ -44,6 +48,7 @@ REPLAY: dict[str, Callable[[Step], Transform]] = {
     "prune.convert": _compactors,
     "prune.mask": _prune,
     "prune.shrink": _prune,
+    "prune.weights": _prune_weights,
     "quantize.insert": _insert.replay,
     "quantize.calibrate": _insert.replay,
     "quantize.correct_bias": _correct_bias.replay,

@@ -1,13 +1,13 @@
 """Prune without changing shapes: every slice of the dead channels is held at zero."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from compressjax.core import trees
-from compressjax.core.model import Model, Step, Transform, fresh_name
+from compressjax.core.model import Model, Row, Step, Transform, fresh_name
 from compressjax.prune._groups import ChannelGroup
 from compressjax.prune._keep import indices, leaf_keeps, resolve
 
@@ -46,20 +46,28 @@ def mask(keep: Mapping[ChannelGroup | str, Any], **options: str) -> Transform:
                 )
             masks[path] = jnp.asarray(wanted)
         name = fresh_name("masks", model.variables)
-        inner = model.apply_fn
-
-        def apply_fn(variables: Any, *args: Any, **kwargs: Any) -> Any:
-            held = variables[name]
-            rest = {k: v for k, v in variables.items() if k != name}
-            return inner(hold(rest, held), *args, **kwargs)
-
-        return model.then(
-            Step.of("prune.mask", keep=indices(chosen), **used),
-            variables={**model.variables, name: masks},
-            apply_fn=apply_fn,
-        )
+        step = Step.of("prune.mask", keep=indices(chosen), **used)
+        return held(model, name, masks, step)
 
     return transform
+
+
+def held(
+    model: Model,
+    name: str,
+    masks: Mapping[str, Any],
+    step: Step,
+    report: Iterable[Row] = (),
+) -> Model:
+    """The Model whose function applies the masks of its collection `name`."""
+    inner = model.apply_fn
+
+    def apply_fn(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        rest = {k: v for k, v in variables.items() if k != name}
+        return inner(hold(rest, variables[name]), *args, **kwargs)
+
+    variables = {**model.variables, name: dict(masks)}
+    return model.then(step, report=report, variables=variables, apply_fn=apply_fn)
 
 
 def hold(variables: Any, masks: Mapping[str, Any]) -> Any:
