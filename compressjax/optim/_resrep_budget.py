@@ -5,10 +5,15 @@ constant force towards zero,
 
     v <- m v + lambda sign(r),      r <- r - lr_t v,
 
-which falls at lr lambda / (1 - m) a step, overshoots, rings, and settles into steps of
-two of amplitude A = lr lambda / (2 (1 + m)). From length L, masked at step t0,
+which falls at lr lambda / (1 - m) a step, overshoots and rings. The ringing dies out
+until each swing gains by its last late step what friction takes, so that it may lock
+into a cycle of any amplitude between
 
-    sum_{t >= t0} lr_t lambda / (1 - m)  >=  1.5 L      and     A(end) << threshold.
+    lr lambda / (2 (1 + m))    (period two)    and about    3 lr lambda / (8 (1 - m)),
+
+and chance says which. From length L, masked at step t0, a column is dead at the end if
+
+    sum_{t >= t0} lr_t lambda / (1 - m)  >=  1.5 L      and its last swings < threshold.
 
 `granularity` columns are masked every `interval` steps, so the last of n is masked at
 
@@ -21,6 +26,8 @@ import numpy as np
 
 from compressjax.core import errors
 
+SWING = 16  # steps: the least time below the threshold at the end of a run
+
 
 class ResRepBudget(NamedTuple):
     """What the last masked column has, and where it ends.
@@ -29,7 +36,7 @@ class ResRepBudget(NamedTuple):
       last_mask: step at which it is masked.
       budget: how far the lasso can move it, in its own lengths.
       length: its length at the end of the run, by running the recurrence.
-      amplitude: of the cycle it settles into, at the last learning rate.
+      amplitude: of the largest cycle it may lock into, at the last learning rate.
       settled: first step from which it stays below the threshold; `steps` if none.
     """
 
@@ -97,10 +104,11 @@ def resrep_budget(
     last = start + interval * (-(-removals // granularity) - 1)
     reach = np.append(np.cumsum(rates[::-1])[::-1], 0.0) * lasso / (1 - momentum)
     budget = float(reach[min(last, steps)]) / length
-    amplitude = float(rates[-1]) * lasso / (2 * (1 + momentum))
+    amplitude = float(rates[-1]) * lasso * (1 + 3 / (8 * (1 - momentum)))
     end, settled = fall(rates[min(last, steps) :], lasso, momentum, length, threshold)
     out = ResRepBudget(last, budget, end, amplitude, min(last, steps) + settled)
-    if budget >= margin and end <= threshold and amplitude <= threshold:
+    swing = last + SWING <= steps and out.settled > steps - SWING
+    if budget >= margin and not swing and max(end, amplitude) <= threshold:
         return out
     latest = int(np.sum(reach[:-1] >= margin * length)) - 1
     if budget < margin:
@@ -110,7 +118,7 @@ def resrep_budget(
         )
     else:
         why = (
-            f"it settles at {max(end, amplitude):.2g}, above the threshold "
+            f"it may ring on at {max(end, amplitude):.2g}, above the threshold "
             f"{threshold:g}: let the learning rate end at 0"
         )
     when = f"not even if masked at step 0 (budget {reach[0] / length:.3g})"

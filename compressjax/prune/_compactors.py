@@ -159,7 +159,11 @@ def _plan(
 def _select(found: Sequence[ChannelGroup], pattern: str, what: str):
     """Groups whose name, or a producer's path, matches."""
     chosen = [
-        g for g in found if any(trees.matches(pattern, p) for p in (g.name, *g.paths))
+        g
+        for g in found
+        if any(
+            trees.matches(pattern, p) for p in (g.name, *(p for p, _ in g.producers))
+        )
     ]
     if not chosen:
         names = [g.name for g in found]
