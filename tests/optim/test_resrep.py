@@ -1,0 +1,255 @@
+"""optim.resrep: its gradient, its choice of masks, its dynamics, its budget, a run."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import compressjax as cj
+from compressjax.core import errors, trees
+from compressjax.optim import _resrep, _resrep_sgd
+from compressjax.prune import _compactors
+from compressjax.prune._widths import Polynomial
+
+
+def mlp(p, x):
+    y = jax.nn.relu(x @ p["a"] + p["shift"])
+    return jax.nn.relu(y @ p["b"]) @ p["c"]
+
+
+@functools.cache
+def network(d=6):
+    rng = np.random.default_rng(0)
+    shapes = {"a": (4, d), "shift": (1, d), "b": (d, d), "c": (d, 3)}
+    params = {
+        k: jnp.float32(rng.normal(size=s) / s[0] ** 0.5) for k, s in shapes.items()
+    }
+    return cj.prune.compactors()(cj.from_function(mlp, params, X[:1]))
+
+
+X = np.random.default_rng(1).normal(size=(256, 4)).astype(np.float32)
+A, B = "params/compactors/a/kernel", "params/compactors/b/kernel"
+
+
+def test_gradient_against_the_formula_with_a_zero_column_in_a_chain_and_masked():
+    model = network()
+    rng = np.random.default_rng(3)
+    params = model.select_trainable()
+    q = rng.normal(size=(6, 6))
+    q[:, 2] = 0
+    params = trees.replace(params, {A: jnp.float32(q)})
+    grads = jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), params)
+    tx = cj.optim.resrep(model, target=0.5, lasso=0.3, granularity=4)
+    got, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    masks = {p: np.asarray(m) for p, m in state.masks.items()}
+    # The zero column and the three shortest of the others, of either matrix.
+    norms = np.concatenate([np.linalg.norm(q, axis=0), np.ones(6)])
+    wanted = np.ones(12, bool)
+    wanted[np.argsort(norms, kind="stable")[:4]] = False
+    assert (np.concatenate([masks[A], masks[B]]) == wanted).all()
+    g = np.asarray(trees.flat(grads)[A], np.float64)
+    unit = q / np.maximum(np.linalg.norm(q, axis=0), 1e-30)
+    np.testing.assert_allclose(
+        trees.flat(got)[A], np.where(masks[A], g, 0) + 0.3 * unit, rtol=1e-5, atol=1e-6
+    )
+    assert (trees.flat(got)["params/a"] == trees.flat(grads)["params/a"]).all()
+    ours = trees.map_with_path(lambda p, _: "compactors" in p, params)
+    both = optax.chain(optax.masked(tx, ours), optax.sgd(1.0))
+    other, _ = both.update(grads, both.init(params), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-6), other, got)
+
+
+def falling(force, *, steps, rate, lasso, momentum):
+    """Norm of one masked column at each step, under a fake gradient on all weights."""
+    model = network()
+    params = model.select_trainable()
+    tx = optax.chain(
+        cj.optim.resrep(model, target=0.5, lasso=lasso, interval=steps),
+        optax.sgd(rate, momentum=momentum),
+    )
+
+    def step(carry, _):
+        params, state = carry
+        fake = trees.map_with_path(
+            lambda p, x: force * jnp.sin(x) if "compactors" in p else 0 * x, params
+        )
+        updates, state = tx.update(fake, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), jnp.linalg.norm(trees.flat(params)[A][:, 0])
+
+    run = jax.jit(
+        lambda params: jax.lax.scan(step, (params, tx.init(params)), None, steps)
+    )
+    (_, state), norms = run(params)
+    assert not state[0].masks[A][0]  # equal norms: the first ones go
+    return np.asarray(norms)
+
+
+def test_a_masked_column_hears_the_lasso_alone_and_falls_as_derived():
+    rate, lasso, m = 0.02, 0.01, 0.98
+    setting = dict(steps=8000, rate=rate, lasso=lasso, momentum=m)
+    norms = falling(0.0, **setting)
+    assert (falling(1e3, **setting | {"steps": 300}) == norms[:300]).all()
+    ramp = (1 - m) / (rate * lasso)  # 100 steps; the start adds 1 / (1 - m)
+    slow = falling(0.0, steps=8000, rate=rate / 40, lasso=lasso, momentum=m)
+    reached = np.argmax(slow < 1e-2) / (40 * ramp)
+    assert abs(reached - 1) < 0.02
+    least, most = rate * lasso / (2 * (1 + m)), rate * lasso * (1 + 3 / 8 / (1 - m))
+    assert least * 0.99 < norms[-200:].max() < most
+
+
+def walk(cost, norms, masked, target, granularity, least):
+    """The official walk over the sorted list, counting real removals only."""
+    whose = np.repeat(np.arange(len(cost.full)), cost.full)
+    widths, live = list(cost.full), np.ones(len(norms), bool)
+
+    def after(keep):
+        return [int(keep[whose == g].sum()) for g in range(len(cost.full))]
+
+    full = cost(cost.full)
+    met = cost(after(~masked)) <= target * full
+    limit = math.inf if met else masked.sum() + granularity
+    count = 0
+    for j in np.argsort(norms, kind="stable"):
+        if cost(widths) <= target * full or count >= limit:
+            break
+        if widths[whose[j]] <= least:
+            continue
+        widths[whose[j]] -= 1
+        live[j] = False
+        count += 1
+    return live
+
+
+# A residual space, an internal one, and a small one that is soon at its least width.
+TOY = Polynomial(
+    ("x", "y", "z"),
+    (8, 12, 3),
+    ((90, ((0, ((0, 1),)),)), (9, ((0, ((0, 1),)), (0, ((1, 1),)))),
+     (7, ((0, ((1, 1),)), (2, ((2, 4),)))), (100, ())),
+)  # fmt: skip
+
+
+def test_choice_of_masks_against_the_walk_with_least_widths_and_unmasking():
+    choose = jax.jit(
+        lambda n, m: _resrep.choose(
+            TOY, n, m, target=0.4, granularity=4, keep_at_least=2
+        )
+    )
+    rng = np.random.default_rng(5)
+    masked, unmasked = np.zeros(23, bool), 0
+    cuts = np.cumsum(TOY.full)[:-1]
+    for _ in range(14):
+        norms = rng.random(23).astype(np.float32)
+        norms[-3:] *= 0.01  # the small group leads the list: the walk skips it
+        split = [dict(zip(TOY.names, np.split(v, cuts), strict=True))
+                 for v in (norms, ~masked)]  # fmt: skip
+        live = np.concatenate([choose(*split)[n] for n in TOY.names])
+        assert (live == walk(TOY, norms, masked, 0.4, 4, 2)).all()
+        unmasked += (masked & live).sum()
+        masked = ~live
+    widths = [int(live.sum()) for live in np.split(~masked, cuts)]
+    assert unmasked and min(widths) >= 2
+    assert TOY(widths) <= 0.4 * TOY(TOY.full)
+
+
+def cosine(steps, rate=0.05):
+    """In float64: how a ringing column ends depends on every bit."""
+    return lambda t: rate * 0.5 * (1 + np.cos(np.pi * t / steps))
+
+
+def test_budget_reproduces_the_worked_examples():
+    budget = functools.partial(cj.optim.resrep_budget, removals=4)
+    b = budget(4000, cosine(4000), start=1000, lasso=1e-3)
+    assert round(b.budget, 1) == 5.3 and f"{b.length:.1e}" == "1.8e-07"
+    assert b.settled == 3391
+    with pytest.raises(
+        errors.RefusedError, match=r"step 2800 .* 0\.66 .* 0\.425 times"
+    ):
+        budget(4000, cosine(4000), start=2800, lasso=1e-3)
+    with pytest.raises(errors.RefusedError, match=r"0\.52\d times"):
+        budget(4000, cosine(4000), start=1000, lasso=1e-4)
+    assert budget(2000, cosine(2000), start=600, lasso=3e-3).settled == 1969
+    with pytest.raises(errors.RefusedError, match="let the learning rate end at 0"):
+        budget(4000, 0.05, lasso=1e-3)
+    # Officially 10,000 steps for a length of 1; a constant rate rings on above 1e-5.
+    with pytest.raises(errors.RefusedError, match="ring on at"):
+        budget(20_000, 0.01)
+    b = budget(20_000, 0.01, threshold=5e-5)
+    assert b.budget == pytest.approx(2.0) and b.length < b.amplitude
+    assert 10_000 < b.settled < 11_500
+    with pytest.raises(errors.RefusedError, match="masked at step 600 of 500"):
+        cj.optim.resrep_budget(500, 0.01, removals=13)
+
+
+def labels(x):
+    return (x[:, 0] > 0).astype(np.int32) + (x[:, 1] > 0.3)
+
+
+def test_a_run_loses_nothing_at_conversion_where_magnitude_does():
+    model, y, steps = network(12), labels(X), 2500
+    rates = optax.cosine_decay_schedule(0.02, steps)
+    tx = cj.optim.resrep_sgd(
+        model, rates, steps, target=0.5, lasso=1e-3, interval=10, start=50,
+        rest=optax.sgd(rates, momentum=0.9), keep_at_least=2,
+    )  # fmt: skip
+
+    def loss(params):
+        logits = model.apply_fn(params, X)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    run = jax.jit(lambda c: jax.lax.scan(step, c, None, steps)[0])
+    params = model.select_trainable()
+    (params, state) = run((params, tx.init(params)))
+    trained = model.replace(variables=params)
+    small = cj.prune.convert()(trained)
+    before, after = (np.asarray(m(X)) for m in (trained, small))
+    assert np.abs(before - after).max() < 1e-4 * np.abs(before).max()
+    right = (after.argmax(-1) == y).mean()
+    assert right > 0.9 and ((before.argmax(-1) == y).mean() == right)
+    cost = _compactors.macs(model)
+    assert cj.costs.count(small).macs <= 0.5 * cost(cost.full)
+    masks = np.concatenate([state[0].masks[p] for p in (A, B)])
+    norms = np.concatenate([
+        np.linalg.norm(trees.flat(params)[p], axis=0) for p in (A, B)
+    ])  # fmt: skip
+    assert norms[~masks].max() < 1e-5 < 1e-2 < norms[masks].min()
+    # The contrast: the same widths cut from the trained network, by magnitude.
+    names = ("params/a", "params/b")
+    plain = {"a": params["params"]["a"], "b": params["params"]["b"]}
+    keep = {}
+    for name, path in zip(names, (A, B), strict=True):
+        size = int(state[0].masks[path].sum())
+        order = np.argsort(-np.linalg.norm(plain[name[-1]], axis=0))
+        keep[name] = order[:size]
+    whole = {k: v for k, v in params["params"].items() if k != "compactors"}
+    base = cj.from_function(mlp, whole, X[:1])
+    cut = np.asarray(cj.prune.shrink(keep)(base)(X))
+    assert (cut.argmax(-1) == y).mean() < right - 0.1
+
+
+def test_refusals_and_state():
+    model = network()
+    with pytest.raises(ValueError, match="keep_at_least=5 .* are left"):
+        cj.optim.resrep(model, target=0.3, keep_at_least=5)
+    with pytest.raises(errors.NoMatchError, match="no compactors"):
+        cj.optim.resrep(cj.from_function(mlp, {"a": X}, X), target=0.5)
+    tx = cj.optim.resrep(model, target=0.5)
+    with pytest.raises(errors.NoMatchError, match="compactor"):
+        tx.init({"params": {"a": X}})
+    with pytest.raises(errors.RefusedError, match=r"the last of \d+ columns is masked"):
+        cj.optim.resrep_sgd(model, 0.01, 1000, target=0.5)
+    cost = _compactors.macs(model)
+    count = _resrep_sgd._removals(cost, 0.5)
+    assert 4 <= count <= 10
+    arrays = jax.tree.leaves(tx.init(model.select_trainable()))
+    assert all(isinstance(x, jax.Array) for x in arrays)
