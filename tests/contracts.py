@@ -155,6 +155,13 @@ MODELS = {
     "prune.shrink": Contract(lambda m: cj.prune.shrink(keep_half())(m)),
     "prune.mask": Contract(lambda m: cj.prune.mask(keep_half())(m)),
     "prune.channels": Contract(cj.prune.channels(0.5)),
+    "prune.cluster, trim": Contract(
+        cj.compose(cj.prune.cluster(0.5, kind="even"), cj.prune.trim(verify=False))
+    ),
+    "prune.compactors": Contract(cj.prune.compactors()),
+    "prune.convert": Contract(
+        cj.compose(cj.prune.compactors(), cj.prune.convert()), trains=False
+    ),
     "deploy.tune": Contract(cj.deploy.tune()),
     "deploy.integer": Contract(
         cj.compose(cj.quantize.ptq(batches()), cj.deploy.integer(tune=False)),
