@@ -4,7 +4,7 @@ He et al., Deep Residual Learning for Image Recognition, CVPR 2016; Xie et al.,
 Aggregated Residual Transformations for Deep Neural Networks, CVPR 2017.
 
 Differs: a strided bottleneck strides in its 3x3 convolution, as everyone's reference
-numbers do since 2017, not in its first 1x1.
+numbers do since 2017; ``early_stride=True`` is the first 1x1, as in the paper.
 
 With ``attention="se"`` or ``"sev2"`` every block has a gate A (Hu, Shen, Sun,
 Squeeze-and-Excitation Networks, CVPR 2018), at one of these places around its branch F:
@@ -49,6 +49,7 @@ class Block(nn.Module):
     bottleneck: bool
     zero_gamma: bool
     attention: _parts.Attention = ()
+    early_stride: bool = False
 
     @nn.compact
     def __call__(self, x: jnp.ndarray, *, train: bool = False) -> jnp.ndarray:
@@ -58,9 +59,10 @@ class Block(nn.Module):
             )
 
         if self.bottleneck:  # (channels, kernel, stride, groups)
+            first, second = (self.stride, 1)[:: 1 if self.early_stride else -1]
             layers = [
-                (self.inner, 1, 1, 1),
-                (self.inner, 3, self.stride, self.groups),
+                (self.inner, 1, first, 1),
+                (self.inner, 3, second, self.groups),
                 (self.out, 1, 1, 1),
             ]
         else:
@@ -93,6 +95,7 @@ class Stage(nn.Module):
     bottleneck: bool
     zero_gamma: bool
     attention: _parts.Attention = ()
+    early_stride: bool = False
 
     @nn.compact
     def __call__(self, x: jnp.ndarray, *, train: bool = False) -> jnp.ndarray:
@@ -105,6 +108,7 @@ class Stage(nn.Module):
                 bottleneck=self.bottleneck,
                 zero_gamma=self.zero_gamma,
                 attention=self.attention,
+                early_stride=self.early_stride,
                 name=f"block{i}",
             )(x, train=train)
         return x
@@ -127,6 +131,7 @@ class ResNet(nn.Module):
       attention_options: (field, value) pairs of `layers.SE` or `layers.SEv2`, and
         "place" ("standard", "pre", "post", "identity", "3x3") and "tap" ("BN" or
         "preBN").
+      early_stride: bottlenecks stride in their first 1x1 convolution, not in the 3x3.
     """
 
     blocks: tuple[int, ...]
@@ -139,6 +144,7 @@ class ResNet(nn.Module):
     zero_gamma: bool = False
     attention: str | None = None
     attention_options: tuple[tuple[str, Any], ...] = ()
+    early_stride: bool = False
 
     @nn.compact
     def __call__(self, x: jnp.ndarray, *, train: bool = False) -> jnp.ndarray:
@@ -161,6 +167,7 @@ class ResNet(nn.Module):
                 bottleneck=self.bottleneck,
                 zero_gamma=self.zero_gamma,
                 attention=attention,
+                early_stride=self.early_stride,
                 name=f"stage{i + 1}",
             )(x, train=train)
         x = x.mean((1, 2))
