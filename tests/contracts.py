@@ -155,6 +155,9 @@ MODELS = {
     "prune.shrink": Contract(lambda m: cj.prune.shrink(keep_half())(m)),
     "prune.mask": Contract(lambda m: cj.prune.mask(keep_half())(m)),
     "prune.channels": Contract(cj.prune.channels(0.5)),
+    "prune.weights": Contract(
+        cj.compose(cj.prune.weights(0.3), cj.prune.weights("2:4", where="conv{2,3}/*"))
+    ),
     "prune.cluster, trim": Contract(
         cj.compose(cj.prune.cluster(0.5, kind="even"), cj.prune.trim(verify=False))
     ),
