@@ -32,6 +32,7 @@ from compressjax.prune._cluster_rows import (
 from compressjax.prune._groups import ChannelGroup, groups
 
 KINDS = ("kmeans", "even", "imbalanced", "random")
+MANY = 256  # channels, above which k-means starts once and not ten times
 
 
 def clusters(
@@ -53,7 +54,8 @@ def clusters(
       keep: the fraction of channels to end with, 0 < keep <= 1, decimal-exact, rounded
         down, at least 1 (as `channels(1 - keep)`); or {group name: number of clusters},
         which clusters these groups only.
-      kind: "kmeans", "even", "imbalanced" or "random".
+      kind: "kmeans" (10 restarts; 1 above 256 channels), "even", "imbalanced" or
+        "random".
       key: PRNG key; "kmeans" and "random" need one. Each group folds in its own name.
       filters: what "kmeans" compares: "all" filters that produce a channel, joined, or
         the "first" alone, as the authors do (their pacesetter).
@@ -293,11 +295,13 @@ def _k_means(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray
         ) from error
     distinct, ids = np.unique(points, axis=0, return_inverse=True)
     if len(distinct) > k:
-        restarts: Any = 10
+        restarts: Any = 10 if len(points) <= MANY else 1
         seed = int(rng.integers(1 << 31))
         engine = sklearn.cluster.KMeans(k, n_init=restarts, random_state=seed)
         with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
+            if points.shape[1] > len(points):  # n points span n dimensions: turn there
+                points = np.transpose(np.linalg.qr(points.T).R)
             ids = engine.fit_predict(points)
     ids = canonical(np.ravel(ids))
     while (found := int(ids.max()) + 1) < k:  # equal filters: cut the largest cluster
