@@ -101,9 +101,18 @@ def producers(group: ChannelGroup) -> tuple[LeafAxis, ...]:
     return group.producers or tuple(group.members)
 
 
+def norms(group: ChannelGroup) -> list[LeafAxis]:
+    """The vectors named ``scale``, but for those of quantizers: of norms."""
+    return [
+        (path, axis)
+        for path, axis in group.vectors
+        if path.rsplit("/", 1)[-1] == "scale" and not path.startswith("quantize")
+    ]
+
+
 def scales(group: ChannelGroup, operation: str) -> list[LeafAxis]:
-    """The vectors named ``scale``: those of the norms on these channels."""
-    found = [(p, a) for p, a in group.vectors if p.rsplit("/", 1)[-1] == "scale"]
+    """The scales of the norms on these channels; none is an error."""
+    found = norms(group)
     if not found:
         raise errors.NoMatchError(
             "the group has no norm with a scale.",

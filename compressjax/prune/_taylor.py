@@ -108,8 +108,7 @@ def _terms(group: ChannelGroup, of: str) -> list[list[LeafAxis]]:
     makers = parts.producers(group)
     if of == "weights":
         return [[at] for at in makers]
-    normed = any(path.rsplit("/", 1)[-1] == "scale" for path, _ in group.vectors)
-    if of == "norm" or normed:
+    if of == "norm" or parts.norms(group):
         makers = parts.scales(group, "prune.scores.taylor")
     vectors = dict(group.vectors)
     out = []
