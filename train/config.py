@@ -192,6 +192,7 @@ class Context:
       key: a key of this stage alone.
       steps: training steps of this stage.
       steps_per_epoch: training steps of one epoch.
+      labelled: re-iterable of (pictures, labels): the batches with what is on them.
     """
 
     config: Any
@@ -200,6 +201,7 @@ class Context:
     key: Array
     steps: int
     steps_per_epoch: int
+    labelled: Iterable[tuple[Array, Array]] = ()
 
 
 def check(config: Config) -> Config:

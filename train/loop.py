@@ -62,18 +62,23 @@ class Terminate:
 
 
 class Batches:
-    """Input tuples for calibration: the same pictures at every pass, normalised."""
+    """Input tuples for calibration: the same pictures at every pass, normalised.
 
-    def __init__(self, split: Any, config: configs.Config):
+    With ``labels=True`` each has the labels too.
+    """
+
+    def __init__(self, split: Any, config: configs.Config, *, labels: bool = False):
         order = images.order(len(split), 1, seed=config.seed, stage=0, epoch=0)
         self.indices = order[: config.calibration, 0]
         self.split, self.size = split, min(config.batch_size, len(self.indices))
         self.normalise = augment.normalise(config.images)
+        self.labels = labels
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         for i in range(0, len(self.indices), self.size):
             rows = self.split.rows(self.indices[i : i + self.size])
-            yield (self.normalise(rows["image"]),)
+            pictures = self.normalise(rows["image"])
+            yield (pictures, rows["label"]) if self.labels else (pictures,)
 
 
 def run(config: configs.Config, workdir: str) -> dict[str, Any] | None:
@@ -122,6 +127,7 @@ def run(config: configs.Config, workdir: str) -> dict[str, Any] | None:
     # Stages
     done: list[cj.Model] = []
     batches = Batches(train_split, config)
+    labelled = Batches(train_split, config, labels=True)
 
     def context(i: int, teacher: cj.Model | None) -> configs.Context:
         return configs.Context(
@@ -131,6 +137,7 @@ def run(config: configs.Config, workdir: str) -> dict[str, Any] | None:
             key=jax.random.fold_in(key, i + 1),
             steps=lasts[i],
             steps_per_epoch=per_epoch,
+            labelled=labelled,
         )
 
     if config.rehearse and best is None:
