@@ -20,6 +20,7 @@ Remembering and Forgetting, ICCV 2021, arXiv 2007.03260.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,11 +41,12 @@ class ResRepState(NamedTuple):
 
     Attributes:
       step: i32[], updates made.
-      masks: {path of a compactor: bool[D]}, True where the loss is still heard.
+      masks: bool[D] of each compactor, in the order of insertion (that of the rows of
+        `prune.compactors`); True where the loss is still heard.
     """
 
     step: Any
-    masks: dict[str, Any]
+    masks: tuple[Any, ...]
 
 
 def resrep(
@@ -104,14 +106,14 @@ def resrep(
         return {p: found[p] for p in cost.names}
 
     def init(params: Any) -> ResRepState:
-        masks = {p: jnp.ones(q.shape[-1], bool) for p, q in matrices(params).items()}
-        return ResRepState(jnp.zeros((), jnp.int32), masks)
+        masks = [jnp.ones(q.shape[-1], bool) for q in matrices(params).values()]
+        return ResRepState(jnp.zeros((), jnp.int32), tuple(masks))
 
     def update(updates: Any, state: Any, params: Any = None):
         if params is None:
             raise ValueError("resrep reads the compactors: pass params to update().")
         kernels, gradients = matrices(params), matrices(updates)
-        norms = {p: jnp.linalg.norm(_wide(q), axis=0) for p, q in kernels.items()}
+        norms = [jnp.linalg.norm(_wide(q), axis=0) for q in kernels.values()]
         due = (state.step >= start) & ((state.step - start) % interval == 0)
         masks = jax.lax.cond(
             due,
@@ -121,9 +123,9 @@ def resrep(
             lambda: state.masks,
         )
         new = {}
-        for path, q in kernels.items():
-            g = jnp.where(masks[path][None], gradients[path], 0)
-            unit = _wide(q) / jnp.maximum(norms[path], TINY)[None]
+        for (path, q), norm, mask in zip(kernels.items(), norms, masks, strict=True):
+            g = jnp.where(mask[None], gradients[path], 0)
+            unit = _wide(q) / jnp.maximum(norm, TINY)[None]
             new[path] = g + (lasso * unit).astype(g.dtype)
         return trees.replace(updates, new), ResRepState(state.step + 1, masks)
 
@@ -136,26 +138,24 @@ def _wide(q: Any) -> Any:
 
 def choose(
     cost: Polynomial,
-    norms: dict[str, Any],
-    masks: dict[str, Any],
+    norms: Sequence[Any],
+    masks: Sequence[Any],
     target: float,
     granularity: int,
     keep_at_least: int,
-) -> dict[str, Any]:
+) -> tuple[Any, ...]:
     """The masks of this moment, inside jit.
 
     A channel can be taken as long as its group is wider than `keep_at_least`, so the
-    taken ones are a prefix of the sorted list without the last of each group. MACs fall
-    along it, and the end of the prefix is found by halving.
+    taken ones are a prefix of the sorted list without the longest of each group. MACs
+    fall along it, and the end of the prefix is found by halving.
     """
     if target == 1:
-        return {
-            p: jnp.ones(n, bool) for p, n in zip(cost.names, cost.full, strict=True)
-        }
+        return tuple(jnp.ones(n, bool) for n in cost.full)
     whose = np.repeat(np.arange(len(cost.full)), cost.full)
     kept = np.minimum(keep_at_least, cost.full)
-    norm = jnp.concatenate([norms[p] for p in cost.names])
-    now = jnp.concatenate([masks[p] for p in cost.names])
+    norm = jnp.concatenate(norms)
+    now = jnp.concatenate(masks)
     # NaN sorts last, and counts as live.
     order = jnp.argsort(norm, stable=True)
     group = jnp.asarray(whose)[order]
@@ -187,7 +187,7 @@ def choose(
     taken = free & (place <= jnp.minimum(ends[1], limit))
     live = jnp.zeros_like(now).at[order].set(~taken)
     cuts = np.cumsum(cost.full)[:-1]
-    return dict(zip(cost.names, jnp.split(live, cuts), strict=True))
+    return tuple(jnp.split(live, cuts))
 
 
 def _macs(cost: Polynomial, widths: Any) -> Any:

@@ -1,11 +1,15 @@
 """From compactors to a smaller network of plain layers, exact to round-off.
 
-With keep = columns of Q longer than a threshold (at least the longest), in three steps:
+With keep = columns of Q longer than a threshold (at least the longest), in four steps:
 
     unshare   every place gets a Q of its own, its dead columns are set to exactly 0,
               and what the dead channels still add to their readers becomes a bias
     shrink    dead columns, and what reads them, are cut out (`prune.shrink`)
     fuse      K' = (K t) Q[:, keep],   b' = (beta - mu t) Q[:, keep]    (`merge.fuse`)
+    settle    what was merged goes to the path of its producer, and is fused once more
+
+Until `settle` a mark that computes nothing ends every segment behind its Q: else a
+chain of two linear layers would be merged to what is cheap beside their matrices alone.
 
 A dead channel is 0 behind Q, but behind the norm of a depthwise convolution it is the
 constant c = f(beta - mu t), and a product that reads it adds W c. That sum is measured
@@ -24,7 +28,7 @@ import numpy as np
 from compressjax.core import errors, rewrite, trees
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model, Row, Step, Transform, expect
-from compressjax.merge import fuse
+from compressjax.merge import _expand, _replay, fuse
 from compressjax.prune import _compactors
 from compressjax.prune._groups import groups
 from compressjax.prune._keep import leaf_keeps
@@ -48,9 +52,9 @@ def convert(threshold: float = 1e-5, *, train: str = "raise") -> Transform:
         layers with biases.
 
     Returns:
-      Model -> Model. Its report has a row for each compactor, with the fraction of
-      channels removed and the gap between dead and live norms, and a row for each
-      matrix that could not be merged and stays as a 1x1 product.
+      Model -> Model. Its report has a row for each compactor, with the channels kept
+      and the gap between dead and live norms, and a row for each matrix that could not
+      be merged and stays as a product.
 
     Raises:
       NoMatchError: the Model has no compactors.
@@ -77,13 +81,16 @@ def convert(threshold: float = 1e-5, *, train: str = "raise") -> Transform:
         separate, keep = _cut(model, keeps)
         small = shrink(keep)(separate) if keep else separate
         merged = fuse(train=train)(small)
-        left = set(trees.paths(merged.variables))
+        copies = set(_copies(model, keeps).values())
+        settled = fuse(train=train)(settle(_moves(merged, copies))(merged))
+        left = set(trees.paths(settled.variables))
         stays = [
-            Row(NAME, path, "merged", "left", "its 1x1 product stays: see merge.fuse")
-            for path in _copies(model, keeps).values()
-            if path in left
+            Row(NAME, path, "merged", "left", "its product stays: see merge.fuse")
+            for path in sorted(copies & left)
         ]
-        return merged.replace(report=(*merged.report, *rows, *stays))
+        # Of the two passes of fuse the second says what each site became.
+        report = (*model.report, *rows, *stays, *settled.report[len(merged.report) :])
+        return settled.replace(report=report)
 
     return transform
 
@@ -257,6 +264,8 @@ def unshare(sizes: Mapping[str, int], biases: Sequence[str] = ()) -> Transform:
                     w = held[copies[site.name]].astype(w.dtype)
                     w = tracing.varying_as(w, jax.typeof(x))
                 y = op(x, w)
+                if site.name in copies:
+                    y = _marked(y)
                 if site.name in shifts:
                     b = held[shifts[site.name]].astype(y.dtype)
                     y = y + _along(b, site, y)
@@ -280,14 +289,83 @@ def _copies(model: Model, paths: Any) -> dict[str, str]:
     for name in names:
         path = name.partition("#")[0]
         count[path] = count.get(path, 0) + 1
-        out[name] = f"{path}_{count[path]}" if path in many else path
+        if path in many:
+            path = f"{path.removesuffix('/kernel')}@{count[path]}/kernel"
+        out[name] = path
     return out
 
 
 def _shifts(sizes: Mapping[str, int], biases: Sequence[str]) -> dict[str, str]:
     """{product: path of its new bias}."""
     root, taken = next(iter(sizes)).split("/")[:2], set()
-    return {n: "/".join((*root, _compactors._free(n, taken), "bias")) for n in biases}
+    return {n: "/".join((*root, _compactors._free(n, taken), "shift")) for n in biases}
+
+
+def _marked(y: Any) -> Any:
+    """y, behind an operation that fuse does not look through and XLA leaves out."""
+    info = jnp.finfo(y.dtype)
+    return jax.lax.reduce_precision(y, info.nexp, info.nmant)
+
+
+def _moves(merged: Model, copies: set[str]) -> dict[str, str]:
+    """{path of a merged product: of its producer}, where a matrix was the larger."""
+    left = set(trees.paths(merged.variables))
+    moves: dict[str, str] = {}
+    for row in merged.report:
+        path, _, number = row.path.partition("#")
+        into = str(row.achieved).removeprefix("merged into ")
+        free = path not in left and not number and into not in moves
+        if into in copies & left and path not in copies and free:
+            node: Any = merged.variables
+            for key in path.split("/")[:-1]:
+                node = node.get(key, {}) if isinstance(node, Mapping) else None
+            if isinstance(node, Mapping):
+                moves[into] = path
+    for kernel, path in list(moves.items()):
+        bias = kernel.replace("/kernel", "/bias")
+        if bias in left:
+            moves[bias] = _replay.bias_paths([path], left)[0]
+    return moves
+
+
+def settle(moves: Mapping[str, str]) -> Transform:
+    """Variables under other paths, and the marks of `unshare` gone.
+
+    Args:
+      moves: {path now: path then}.
+    """
+
+    def transform(model: Model) -> Model:
+        inner = model.apply_fn
+
+        def moved(variables: Any, moves: Mapping[str, str]) -> Any:
+            for old, new in moves.items():
+                variables, value = _expand._without(variables, old)
+                variables = _expand._with(variables, new, value)
+            return variables
+
+        back = {new: old for old, new in moves.items()}
+
+        def apply_fn(variables: Any, *args: Any, **kwargs: Any) -> Any:
+            trace = tracing.trace(inner, moved(variables, back), args, kwargs)
+
+            def handle(eqn: Any, ins: list[Any]) -> list[Any] | None:
+                if eqn.primitive.name != "reduce_precision":
+                    return None
+                info = jnp.finfo(ins[0].dtype)
+                bits = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
+                return ins if bits == (info.nexp, info.nmant) else None
+
+            outs = tracing.evaluate(trace.jaxpr, trace.in_values, handle)
+            return jax.tree.unflatten(trace.out_tree, outs)
+
+        return model.then(
+            Step.of(NAME, moves=dict(moves)),
+            variables=moved(model.variables, moves),
+            apply_fn=apply_fn,
+        )
+
+    return transform
 
 
 def _swap(variables: Any, old: Any, new: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,5 +391,7 @@ def _along(vector: Any, site: Any, y: Any) -> Any:
 
 
 def replay(step: Step) -> Transform:
-    """The transform that a "prune.convert" step describes; shrink and fuse follow."""
+    """The transform of a "prune.convert" step; shrink and fuse have their own."""
+    if "moves" in step.settings:
+        return settle(step.settings["moves"])
     return unshare(step.settings["sizes"], step.settings["biases"])

@@ -45,7 +45,7 @@ def test_gradient_against_the_formula_with_a_zero_column_in_a_chain_and_masked()
     grads = jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), params)
     tx = cj.optim.resrep(model, target=0.5, lasso=0.3, granularity=4)
     got, state = jax.jit(tx.update)(grads, tx.init(params), params)
-    masks = {p: np.asarray(m) for p, m in state.masks.items()}
+    masks = dict(zip(_compactors.macs(model).names, state.masks, strict=True))
     # The zero column and the three shortest of the others, of either matrix.
     norms = np.concatenate([np.linalg.norm(q, axis=0), np.ones(6)])
     wanted = np.ones(12, bool)
@@ -85,7 +85,7 @@ def falling(force, *, steps, rate, lasso, momentum):
         lambda params: jax.lax.scan(step, (params, tx.init(params)), None, steps)
     )
     (_, state), norms = run(params)
-    assert not state[0].masks[A][0]  # equal norms: the first ones go
+    assert not state[0].masks[0][0]  # equal norms: the first ones go
     return np.asarray(norms)
 
 
@@ -146,9 +146,7 @@ def test_choice_of_masks_against_the_walk_with_least_widths_and_unmasking():
     for _ in range(14):
         norms = rng.random(23).astype(np.float32)
         norms[-3:] *= 0.01  # the small group leads the list: the walk skips it
-        split = [dict(zip(TOY.names, np.split(v, cuts), strict=True))
-                 for v in (norms, ~masked)]  # fmt: skip
-        live = np.concatenate([choose(*split)[n] for n in TOY.names])
+        live = np.concatenate(choose(np.split(norms, cuts), np.split(~masked, cuts)))
         assert (live == walk(TOY, norms, masked, 0.4, 4, 2)).all()
         unmasked += (masked & live).sum()
         masked = ~live
@@ -218,7 +216,8 @@ def test_a_run_loses_nothing_at_conversion_where_magnitude_does():
     assert right > 0.9 and ((before.argmax(-1) == y).mean() == right)
     cost = _compactors.macs(model)
     assert cj.costs.count(small).macs <= 0.5 * cost(cost.full)
-    masks = np.concatenate([state[0].masks[p] for p in (A, B)])
+    assert cost.names == (A, B)
+    masks = np.concatenate(state[0].masks)
     norms = np.concatenate([
         np.linalg.norm(trees.flat(params)[p], axis=0) for p in (A, B)
     ])  # fmt: skip
@@ -227,8 +226,8 @@ def test_a_run_loses_nothing_at_conversion_where_magnitude_does():
     names = ("params/a", "params/b")
     plain = {"a": params["params"]["a"], "b": params["params"]["b"]}
     keep = {}
-    for name, path in zip(names, (A, B), strict=True):
-        size = int(state[0].masks[path].sum())
+    for name, mask in zip(names, state[0].masks, strict=True):
+        size = int(mask.sum())
         order = np.argsort(-np.linalg.norm(plain[name[-1]], axis=0))
         keep[name] = order[:size]
     whole = {k: v for k, v in params["params"].items() if k != "compactors"}

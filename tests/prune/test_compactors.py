@@ -251,12 +251,25 @@ def test_gate_and_constants_convert_exactly():
     def half(p, x):
         return jax.nn.sigmoid(x @ p["a"]) @ p["b"]
 
+    def bottleneck(p, x):
+        """Two linear layers in a row: cheap to merge beside their matrices alone."""
+        return jax.nn.relu(x @ p["a"] @ p["b"]) @ p["c"]
+
     halves = model_of(half, (4, 3), a=(3, 4), b=(4, 2))
-    for model, x in ((GATED, X[:, :3, 0, :2]), (halves, X[:, 0, 0])):
-        trained = with_kernels(cj.prune.compactors("a")(model), mixed)
+    linear = model_of(bottleneck, (4, 3), a=(3, 2), b=(2, 40), c=(40, 2))
+    cases = ((GATED, X[:, :3, 0, :2], "a"), (halves, X[:, 0, 0], "a"),
+             (linear, X[:, 0, 0], "{a,b}"))  # fmt: skip
+    for model, x, where in cases:
+        compacted = cj.prune.compactors(where)(model)
+        trained = with_kernels(compacted, mixed)
         small = cj.prune.convert()(trained)
-        assert small.variables["params"]["b"].shape == (2, 2)
         np.testing.assert_allclose(run(small, x), run(trained, x), rtol=2e-5, atol=1e-6)
+        macs = _compactors.macs(compacted)
+        assert cj.costs.count(small).macs == macs([n // 2 for n in macs.full])
+        names = {p for p in trees.paths(small.variables) if "/shift" not in p}
+        assert names - {"params/bias", "params/bias_1"} <= set(
+            trees.paths(model.variables)
+        )
 
 
 def test_the_longest_column_stays_and_nan_is_refused():
