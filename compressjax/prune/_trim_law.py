@@ -3,10 +3,12 @@
 Both are functions of variables and inputs, so one random point in double precision
 tells: where every reader of merged channels is linear they agree to round-off, and
 where one is not (a mean over the channels, softmax, a quantized weight) they do not.
+Only what picks entries, as a maximum across the channels does, may agree by chance: it
+is looked for.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,18 +33,27 @@ def check(model: Model, chosen: Chosen, operation: str) -> None:
     with jax.enable_x64(True):
         variables, inputs = _point(model)
         bound = TOLERANCE[_narrowest(trace.trace(model.apply_fn, variables, inputs))]
-        error = _error(model, chosen, variables, inputs)
-        if error <= bound:
+
+        def fault(part: Chosen) -> str:
+            found = _choice(model, part, variables, inputs)
+            if found:
+                return f"{found} picks one of the channels"
+            error = _error(model, part, variables, inputs)
+            return f"{error:.1e} of the output at a random point" * (error > bound)
+
+        found = fault(chosen)
+        if not found:
             return
         while len(chosen) > 1:  # which group?
             half = chosen[: len(chosen) // 2]
-            fails = _error(model, half, variables, inputs) > bound
-            chosen = half if fails else chosen[len(chosen) // 2 :]
-        found = _first_difference(model, chosen, variables, inputs, bound)
+            before, found = found, fault(half)
+            chosen = half if found else chosen[len(chosen) // 2 :]
+            found = found or before
+        name = _choice(model, chosen, variables, inputs)
+        name = name or _first_difference(model, chosen, variables, inputs, bound)
         raise errors.RefusedError(
-            f"trimming is not exact ({error:.1e} of the output at a random point): "
-            f"{found} does not treat one channel with summed readers as it treats "
-            "copies.",
+            f"trimming is not exact ({found}): {name} does not treat one channel with "
+            "summed readers as it treats copies.",
             path=chosen[0][0].name,
             operation=operation,
             remedy="Leave the group out of the clusters (exclude=).",
@@ -131,14 +142,23 @@ def _narrowest(traced: trace.Trace) -> int:
     return bits
 
 
-def _first_difference(
-    model: Model, chosen: Chosen, variables: Any, inputs: Any, bound: float
-) -> str:
-    """The first operation on data whose live results are not the snapped network's."""
-    snapped, _, small, keeps = _both(model, chosen, variables)
+class Visit(NamedTuple):
+    """One equation of the trimmed network, beside the same of the snapped one."""
+
+    eqn: Any
+    name: str
+    ins: list[Live]
+    outs: list[Live]
+    wanted: list[Any]
+    on_data: bool
+
+
+def _walk(
+    model: Model, snapped: Any, small: Any, keeps: Any, inputs: Any, *, compare: bool
+) -> Iterator[Visit]:
+    """Every equation in order; calls inlined, except custom derivatives."""
     traced = trace.trace(model.apply_fn, snapped, inputs)
     closed = trace.inline(traced, lambda eqn: "custom" in eqn.primitive.name)
-    n = traced.n_variables
     jaxpr, full = closed.jaxpr, dict[Any, Any]()
     full.update(zip(jaxpr.constvars, closed.consts, strict=True))
     full.update(zip(jaxpr.invars, traced.in_values, strict=True))
@@ -149,34 +169,81 @@ def _first_difference(
         if path in keeps:
             shape = np.shape(full[var])
             lives[var] = _shrink._leaf(path, leaf, shape, keeps[path])
-    data = set(jaxpr.invars[n:])
+    data = set(jaxpr.invars[traced.n_variables :])
 
-    def is_literal(atom: Any) -> bool:
-        return isinstance(atom, trace.Literal)
+    def read(atom: Any, env: Any) -> Any:
+        if isinstance(atom, trace.Literal):
+            return atom.val if env is full else _live_run.from_constant(atom.val)
+        return env[atom]
 
     for eqn in jaxpr.eqns:
-        outs = trace.bind(
-            eqn, [a.val if is_literal(a) else full[a] for a in eqn.invars]
-        )
-        ins = [
-            _live_run.from_constant(a.val) if is_literal(a) else lives[a]
-            for a in eqn.invars
-        ]
+        ins = [read(a, lives) for a in eqn.invars]
         scope = trace.scope_of(eqn)
         name = f"{eqn.primitive.name}{f' in {scope}' * bool(scope)}"
         try:
-            live_outs = _live_run.step(eqn, ins)
+            outs = _live_run.step(eqn, ins)
         except NeedFull:
-            return name
-        full.update(zip(eqn.outvars, outs, strict=True))
-        lives.update(zip(eqn.outvars, live_outs, strict=True))
-        if not any(not is_literal(a) and a in data for a in eqn.invars):
-            continue
-        data.update(eqn.outvars)
-        for value, live in zip(outs, live_outs, strict=True):
-            if not _agree(live, value, bound):
-                return name
-    return "the network"
+            return
+        lives.update(zip(eqn.outvars, outs, strict=True))
+        wanted: list[Any] = []
+        if compare:
+            wanted = trace.bind(eqn, [read(a, full) for a in eqn.invars])
+            full.update(zip(eqn.outvars, wanted, strict=True))
+        on_data = any(
+            not isinstance(a, trace.Literal) and a in data for a in eqn.invars
+        )
+        if on_data:
+            data.update(eqn.outvars)
+        yield Visit(eqn, name, ins, outs, wanted, on_data)
+
+
+def _choice(model: Model, chosen: Chosen, variables: Any, inputs: Any) -> str:
+    """The first maximum (or the like) across merged channels, "" if there is none.
+
+    It counts a removed channel as zero, and a copy as what it is: equal where another
+    channel is larger, so that random points may miss it.
+    """
+    found: list[str] = []
+    snapped, _, small, keeps = _both(model, chosen, variables)
+
+    def search(snapped: Any, small: Any, inputs: Any) -> None:
+        for visit in _walk(model, snapped, small, keeps, inputs, compare=False):
+            axes = _picked_axes(visit.eqn)
+            if axes and any(v.touching(axes) for v in visit.ins):
+                found.append(visit.name)
+                return
+
+    jax.eval_shape(search, snapped, small, inputs)
+    return found[0] if found else ""
+
+
+def _picked_axes(eqn: Any) -> Sequence[int]:
+    """The axes along which an equation picks entries by their size."""
+    name, p = eqn.primitive.name, eqn.params
+    if name in ("reduce_max", "reduce_min", "reduce_or", "argmax", "argmin"):
+        return p["axes"]
+    if name in ("reduce_window_max", "reduce_window_min"):
+        return [a for a, n in enumerate(p["window_dimensions"]) if n != 1]
+    if name in ("cummax", "cummin"):
+        return [p["axis"]]
+    if name == "sort":
+        return [p["dimension"]]
+    return [len(eqn.invars[0].aval.shape) - 1] if name == "top_k" else []
+
+
+def _first_difference(
+    model: Model, chosen: Chosen, variables: Any, inputs: Any, bound: float
+) -> str:
+    """The first operation on data whose live results are not the snapped network's."""
+    snapped, _, small, keeps = _both(model, chosen, variables)
+    name = "an operation on weights"
+    for visit in _walk(model, snapped, small, keeps, inputs, compare=True):
+        if visit.on_data:
+            for value, live in zip(visit.wanted, visit.outs, strict=True):
+                if not _agree(live, value, bound):
+                    return visit.name
+        name = f"what follows {visit.name}"
+    return name
 
 
 def _agree(live: Live, value: Any, bound: float) -> bool:

@@ -146,3 +146,14 @@ def test_quantized_readers_are_refused():
     ids = prune.clusters(model, 0.5, kind="even")
     with pytest.raises(errors.RefusedError, match="params/a.*dot_general"):
         prune.trim(ids)(model)
+
+
+def test_a_maximum_across_the_channels_is_refused_even_where_it_agrees():
+    """These are far above zero: only at values no probe draws would a copy show."""
+    model = cj.from_function(
+        lambda p, x: (x @ p["a"] + 100) @ p["b"] + (x @ p["a"] + 100).max(-1)[:, None],
+        {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))},
+        jnp.ones((1, 3)),
+    )
+    with pytest.raises(errors.RefusedError, match="params/a.*picks one.*reduce_max"):
+        prune.trim({"params/a": (0, 0, 1, 2)})(model)
