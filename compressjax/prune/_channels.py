@@ -23,7 +23,7 @@ def channels(
     budget: float | None = None,
     scope: str = "group",
     per: str | None = None,
-    at_least: int = 1,
+    at_least: float = 1,
     round_to: int = 1,
     where: str = "**",
     exclude: str | Sequence[str] = (),
@@ -52,7 +52,7 @@ def channels(
       per: for "global", the cost a score is divided by: "channel" (the score alone),
         "macs" or "params", at the widths of the moment. Default: "channel" for a ratio,
         "params" for `params`, else "macs".
-      at_least: channels that stay in every group.
+      at_least: channels that stay in every group: an int, or a share below 1 of it.
       round_to: channels kept per group are a multiple of this (hardware lanes). A group
         smaller than it stays whole, and the report says so.
       where: glob over group names and the paths of their producers.

@@ -1,22 +1,30 @@
 """The order in which channels go: the least score per cost first."""
 
 import heapq
+import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import numpy as np
 
 from compressjax.prune._widths import Polynomial
 
 
-def floor_of(size: int, round_to: int, at_least: int) -> int:
-    """The fewest channels that a group may be left with."""
+def floor_of(size: int, round_to: int, at_least: float) -> int:
+    """The fewest channels that a group may be left with.
+
+    >>> floor_of(40, 8, 3), floor_of(40, 1, 0.3), floor_of(4, 8, 1)
+    (8, 12, 4)
+    """
     if round_to > size and round_to > 1:
         return size
+    if isinstance(at_least, float):
+        at_least = math.ceil(Fraction(repr(at_least)) * size)
     return min(-(-at_least // round_to) * round_to, size)
 
 
 def removals(
-    scores: Sequence[np.ndarray], at_least: int, round_to: int, meter: "Meter | None"
+    scores: Sequence[np.ndarray], at_least: float, round_to: int, meter: "Meter | None"
 ) -> Iterator[tuple[int, int]]:
     """(group, channels) to remove next, until every group is at its least.
 

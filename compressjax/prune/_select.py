@@ -44,7 +44,7 @@ class Wish:
     budget: float | None = None
     scope: str = "group"
     per: str | None = None
-    at_least: int = 1
+    at_least: float = 1
     round_to: int = 1
     where: str = "**"
     exclude: str | Sequence[str] = ()
@@ -62,10 +62,11 @@ class Wish:
             _check_amount(name, getattr(self, name))
         if (self.cost is None) != (self.budget is None):
             raise ValueError("cost= and budget= go together: the function, its limit.")
-        for name in ("round_to", "at_least"):
-            n = getattr(self, name)
-            if n < 1 or int(n) != n:
-                raise ValueError(f"{name}={n} is not a positive integer.")
+        n, least = self.round_to, self.at_least
+        if n < 1 or int(n) != n:
+            raise ValueError(f"round_to={n} is not a positive integer.")
+        if least <= 0 or (isinstance(least, float) and least >= 1):
+            raise ValueError(f"at_least={least}: give an int above 0, or a share < 1.")
         if self.scope not in ("group", "global"):
             raise ValueError(f'scope={self.scope!r}: give "group" or "global".')
         if self.per not in (None, "channel", "macs", "params"):
@@ -118,7 +119,7 @@ def decimal(x: Any) -> Fraction:
 
 
 def kept(
-    size: int, ratio: Any, round_to: int = 1, at_least: int = 1
+    size: int, ratio: Any, round_to: int = 1, at_least: float = 1
 ) -> tuple[int, str]:
     """How many of `size` channels stay, and why it is not what was asked.
 
@@ -137,7 +138,7 @@ def kept(
     k = max(floor // round_to * round_to, least)
     if k == floor:
         return k, "" if floor == target else "keeps whole channels"
-    if k == least and at_least > 1:
+    if k == least and at_least != 1:
         return k, f"keeps at least {at_least}"
     if round_to == 1:
         return k, "keeps at least one"

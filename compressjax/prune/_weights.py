@@ -93,7 +93,8 @@ def weights(
         for path in chosen:
             value = _score(score, path, leaves[path])
             dead = ~np.broadcast_to(old.get(path, True), value.shape)
-            ranked[path] = np.where(dead, 0 if block != (1, 1) else -np.inf, value)
+            low = -np.inf if block == (1, 1) else min(0.0, value.min())
+            ranked[path] = np.where(dead, low, value)
         if pattern:
             kept = {}
             for path, value in ranked.items():
@@ -291,14 +292,17 @@ def _rows(kept, fraction, sparsity, scope, reasons, plain) -> list[Row]:
 
 
 def _previous(model: Model) -> dict[str, Any]:
-    """The masks that an earlier `weights` made: they grow."""
-    name = _collection(model)
-    if name is None:
-        return {}
-    return {p: np.asarray(m) for p, m in model.variables[name].items()}
+    """What all masks of the Model keep, {path: bool}."""
+    out: dict[str, Any] = {}
+    for name, collection in model.variables.items():
+        if re.fullmatch(r"masks(_\d+)?", name):
+            for path, mask in collection.items():
+                out[path] = np.asarray(mask) & out.get(path, True)
+    return out
 
 
 def _collection(model: Model) -> str | None:
+    """The collection of an earlier `weights`: it grows."""
     names = [s.settings["collection"] for s in model.history if s.name == OPERATION]
     return names[-1] if names and names[-1] in model.variables else None
 

@@ -168,9 +168,11 @@ def geometric_median(model: Model, group: ChannelGroup) -> np.ndarray:
             mine = order[first[channel] : first[channel] + many[channel]]
             points[channel, : many[channel]] = rows[mine]
         points = points.reshape(group.size, -1)
-        for i, point in enumerate(points):
-            squares[i] += np.square(points - point[None]).sum(axis=1)
-    return np.sqrt(squares).sum(axis=1)
+        points -= points.mean(axis=0)[None]  # so that less cancels
+        lengths = np.square(points).sum(axis=1)
+        squares += np.add.outer(lengths, lengths) - 2 * points @ points.T
+    np.fill_diagonal(squares, 0)
+    return np.sqrt(np.maximum(squares, 0)).sum(axis=1)
 
 
 def random(key: Any) -> Score:

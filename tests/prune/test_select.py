@@ -101,6 +101,8 @@ def test_a_global_ratio_ranks_all_channels():
     held = prune.channels(0.5, scope="global", at_least=2)(model)
     assert held.variables["params"]["c"].tolist() == [[3.0, 6.0]]
     assert held.variables["params"]["a"].tolist() == [[9.0, 8.0]]
+    part = prune.channels(0.5, scope="global", at_least=0.6)(model)  # of 3: 1.8, so 2
+    assert part.variables["params"]["c"].tolist() == [[3.0, 6.0]]
     mean = prune.scores.normalized(prune.scores.l2, "max")  # 1/9 2/6 3/6 7/9: 7 stays
     scaled = prune.channels(0.5, mean, scope="global")(model)
     assert scaled.variables["params"]["a"].tolist() == [[9.0, 8.0, 7.0]]
@@ -141,6 +143,9 @@ def test_what_is_refused():
         prune.channels(0.5, scope="local")
     with pytest.raises(ValueError, match="needs scope"):
         prune.channels(macs=0.5, per="macs")
+    for bad in (0, 1.0, -0.5):
+        with pytest.raises(ValueError, match="at_least"):
+            prune.channels(0.5, at_least=bad)
     nan = lambda m, g: np.full(g.size, np.nan)  # noqa: E731
     with pytest.raises(errors.RefusedError, match="6 of them not finite"):
         prune.channels(0.5, nan)(model)

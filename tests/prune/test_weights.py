@@ -200,6 +200,15 @@ def test_a_mask_grows_in_place():
     assert np.isfinite(both(x)).all()
 
 
+def test_what_another_mask_removed_counts():
+    model, _ = two_layouts(False)
+    thin = prune.mask({law.prunable(model)[0]: [0, 1]})(model)  # 6 of 8 outputs of a
+    more = prune.weights(0.8, where="a")(thin)
+    assert more.report[0].achieved == 230 / 288
+    assert cj.costs.count(more).rows[0].params == 58
+    assert not np.asarray(more.variables["params"]["a"])[..., 2:].any()
+
+
 def test_what_is_refused_or_left_alone():
     model, _ = two_layouts(False)
     with pytest.raises(errors.RefusedError, match="removes none of 32"):
