@@ -105,6 +105,8 @@ class Flow:
             product = eqn.primitive.name in sites.PRODUCTS
             if mine and product and (problem := self.read(i, eqn)):
                 return problem, VARIES
+            if mine and tracing.bodies(eqn):
+                return f"it is read inside {eqn.primitive.name}", VARIES
             out = [v for v in eqn.outvars if self.g in self.walk.on(v)]
             if mine and not out and not product and max(map(self.of, mine)) != ZERO:
                 what = f"{eqn.primitive.name} in {tracing.scope_of(eqn) or 'it'}"
