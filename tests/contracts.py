@@ -159,7 +159,10 @@ MODELS = {
         cj.compose(cj.prune.weights(0.3), cj.prune.weights("2:4", where="conv{2,3}/*"))
     ),
     "prune.cluster, trim": Contract(
-        cj.compose(cj.prune.cluster(0.5, kind="even"), cj.prune.trim(verify=False))
+        cj.compose(
+            cj.prune.cluster(0.5, kind="even", verify=False),
+            cj.prune.trim(verify=False),
+        )
     ),
     "prune.compactors": Contract(cj.prune.compactors()),
     "prune.convert": Contract(

@@ -43,7 +43,7 @@ def _prune_weights(step: Step) -> Transform:
 REPLAY: dict[str, Callable[[Step], Transform]] = {
     "merge.expand": _expand.replay,
     "merge.fuse": lambda step: merge.fuse(**step.settings),
-    "prune.cluster": _prune,
+    "prune.cluster": lambda step: lambda model: model.then(step),
     "prune.compactors": _compactors,
     "prune.convert": _compactors,
     "prune.mask": _prune,

@@ -22,6 +22,7 @@ import numpy as np
 
 from compressjax.core import errors, trees
 from compressjax.core.model import Model, Row, Step, Transform, expect
+from compressjax.prune import _trim_law
 from compressjax.prune._cluster_rows import (
     Clusters,
     canonical,
@@ -98,23 +99,27 @@ def cluster(
     filters: str = "all",
     where: str = "**",
     exclude: str | Sequence[str] = (),
+    verify: bool = True,
     **options: str,
 ) -> Transform:
     """The same network, with clusters of its channels noted in its history.
 
     `optim.csgd` and `trim` read them there, stages later and after a restart. The
-    clusters are of the weights that the network has now.
+    clusters are of the weights that the network has now. What `trim` would refuse is
+    refused here, before the training.
 
     Args:
       keep: see `clusters`, as for the other arguments.
       clusters: clusters made before, instead of `keep`.
+      verify: see `trim`.
 
     Returns:
       Model -> Model; its report has one row per group: the fraction of channels asked
       for and the one that the clusters come to, and why they differ.
 
     Raises:
-      As `clusters`; TypeError if neither or both of keep and clusters are given.
+      As `clusters` and `trim`; TypeError if neither or both of keep and clusters are
+        given.
 
     >>> m = cj.from_function(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"],
     ...     {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((1, 3)))
@@ -127,6 +132,7 @@ def cluster(
 
     def transform(model: Model) -> Model:
         rows = []
+        found: dict[str, Any]
         if clusters is not None:
             found = {g.name: ids for g, ids in resolve(model, clusters, options)}
         else:
@@ -143,6 +149,8 @@ def cluster(
                 if group in plan and got != asked:
                     reason = "keeps whole channels, at least one"
                 rows.append(Row("prune.cluster", group.name, asked, got, reason))
+        if verify:
+            _trim_law.check(model, resolve(model, found, options), "prune.cluster")
         noted = {name: [int(i) for i in ids] for name, ids in found.items()}
         return model.then(
             Step.of("prune.cluster", clusters=noted, **options), report=rows

@@ -155,5 +155,7 @@ def test_a_maximum_across_the_channels_is_refused_even_where_it_agrees():
         {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))},
         jnp.ones((1, 3)),
     )
-    with pytest.raises(errors.RefusedError, match="params/a.*picks one.*reduce_max"):
-        prune.trim({"params/a": (0, 0, 1, 2)})(model)
+    ids = {"params/a": (0, 0, 1, 2)}
+    for transform in (prune.trim(ids), prune.cluster(clusters=ids)):
+        with pytest.raises(errors.RefusedError, match="params/a.*picks.*reduce_max"):
+            transform(model)
