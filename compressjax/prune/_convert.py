@@ -8,8 +8,9 @@ With keep = columns of Q longer than a threshold (at least the longest), in four
     fuse      K' = (K t) Q[:, keep],   b' = (beta - mu t) Q[:, keep]    (`merge.fuse`)
     settle    what was merged goes to the path of its producer, and is fused once more
 
-Until `settle` a mark that computes nothing ends every segment behind its Q: else a
-chain of two linear layers would be merged to what is cheap beside their matrices alone.
+Until `settle`, marks that compute nothing keep every segment to one product and its Q:
+else a chain of two linear layers would be merged to what is cheap beside their matrices
+alone.
 
 A dead channel is 0 behind Q, but behind the norm of a depthwise convolution it is the
 constant c = f(beta - mu t), and a product that reads it adds W c. That sum is measured
@@ -264,9 +265,10 @@ def unshare(sizes: Mapping[str, int], biases: Sequence[str] = ()) -> Transform:
                 if site.name in copies:
                     w = held[copies[site.name]].astype(w.dtype)
                     w = tracing.varying_as(w, jax.typeof(x))
+                # Segments to fuse begin at a product and end behind its matrix.
+                x = x if site.name in copies else _marked(x)
                 y = op(x, w)
-                if site.name in copies:
-                    y = _marked(y)
+                y = _marked(y) if site.name in copies else y
                 if site.name in shifts:
                     b = held[shifts[site.name]].astype(y.dtype)
                     y = y + _along(b, site, y)
@@ -304,6 +306,8 @@ def _shifts(sizes: Mapping[str, int], biases: Sequence[str]) -> dict[str, str]:
 
 def _marked(y: Any) -> Any:
     """y, behind an operation that fuse does not look through and XLA leaves out."""
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        return y
     info = jnp.finfo(y.dtype)
     return jax.lax.reduce_precision(y, info.nexp, info.nmant)
 

@@ -108,7 +108,15 @@ class Flow:
             if mine and tracing.bodies(eqn):
                 return f"it is read inside {eqn.primitive.name}", VARIES
             out = [v for v in eqn.outvars if self.g in self.walk.on(v)]
-            if mine and not out and not product and max(map(self.of, mine)) != ZERO:
+            summed = [
+                a
+                for a in (mine if data else eqn.invars)
+                if self.g in self.walk.on(a, None if not out else _summed(eqn, a))
+            ]
+            if summed and not data:
+                # A standardised kernel, say: dead rows count in its mean.
+                return f"{eqn.primitive.name} mixes weights of all its channels", VARIES
+            if summed and not product and max(map(self.of, summed)) != ZERO:
                 what = f"{eqn.primitive.name} in {tracing.scope_of(eqn) or 'it'}"
                 return f"{what} reads a dead channel that is not 0 there", VARIES
             for v in out:
@@ -222,6 +230,17 @@ def _elementwise() -> frozenset[str]:
     from compressjax.core import label_rules
 
     return label_rules.ELEMENTWISE
+
+
+def _summed(eqn: Any, atom: Any) -> tuple[int, ...]:
+    """The axes of an operand that an equation sums over."""
+    if eqn.primitive.name.startswith("reduce_") and "axes" in eqn.params:
+        return tuple(eqn.params["axes"])
+    if eqn.primitive.name != "dot_general":
+        return ()
+    contracted = eqn.params["dimension_numbers"][0]
+    sides = [side for side, a in enumerate(eqn.invars) if a is atom]
+    return tuple(axis for side in sides for axis in contracted[side])
 
 
 def _padded(eqn: Any) -> bool:
