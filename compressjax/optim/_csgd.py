@@ -50,7 +50,18 @@ def csgd(
     Chain it before an optimiser: ``optax.chain(csgd(...), optax.sgd(lr, 0.9))``. It
     sees every trained leaf that a clustered group produces or carries (kernels,
     depthwise ones too; scales and biases, also behind a concatenation), whole: rows of
-    no cluster get the gradient and weight decay. Everything else passes through.
+    no cluster get the gradient and weight decay. Everything else passes through. In a
+    config, behind a stage transform ``cj.prune.cluster(0.625, key=ctx.key)(model)``::
+
+        def optimizer(model, ctx):
+            rate = optax.cosine_decay_schedule(0.05, ctx.steps)
+            pull = dict(strength=0.05, weight_decay=1e-4)
+            cj.optim.csgd_budget(rate, ctx.steps, momentum=0.9, **pull)
+            return optax.chain(
+                optax.add_decayed_weights(1e-4, mask=cj.optim.csgd_decay_mask(model)),
+                cj.optim.csgd(model, **pull),
+                optax.sgd(rate, momentum=0.9),
+            )
 
     Args:
       model: whose groups are meant; shapes will do.

@@ -27,8 +27,12 @@ RULES = {  # (momentum, nesterov)
 
 
 @functools.cache
-def network(name="inverted_residual_se"):
-    """A network without values of note, and uneven clusters of all its groups."""
+def network(name="inverted_residual_se", bits=32):
+    """A network without values of note, and uneven clusters of all its groups.
+
+    Its specs are of 64 bits if it is made under x64: `bits` keeps the two apart.
+    """
+    assert jax.config.jax_enable_x64 == (bits == 64)
     apply, params, x = NETS[name](np.random.default_rng(0))
     model = law.model_of(apply, params, x)
     rng = np.random.default_rng(1)
@@ -129,7 +133,7 @@ def test_a_run_is_that_of_the_equations(name):
     """
     momentum, nesterov = RULES[name]
     with jax.enable_x64(True):
-        model, ids = network()
+        model, ids = network(bits=64)
         rng = np.random.default_rng(2)
         start, gradients = drawn(model, rng), drawn(model, rng, STEPS)
         got = run(optimizer(model, ids, momentum, nesterov), start, gradients)
