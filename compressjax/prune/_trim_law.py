@@ -30,34 +30,41 @@ TOLERANCE = {64: 1e-9, 32: 1e-4, 16: 0.05, 8: 0.5}
 
 def check(model: Model, chosen: Chosen, operation: str) -> None:
     """Raises RefusedError, with a group and an operation, if trimming is not exact."""
-    with jax.enable_x64(True):
-        variables, inputs = _point(model)
-        bound = TOLERANCE[_narrowest(trace.trace(model.apply_fn, variables, inputs))]
+    try:
+        with jax.enable_x64(True):
+            _check(model, chosen, operation)
+    except TypeError:  # code that fixes its dtypes: in those, then
+        _check(model, chosen, operation)
 
-        def fault(part: Chosen) -> str:
-            found = _choice(model, part, variables, inputs)
-            if found:
-                return f"{found} picks one of the channels"
-            error = _error(model, part, variables, inputs)
-            return f"{error:.1e} of the output at a random point" * (error > bound)
 
-        found = fault(chosen)
-        if not found:
-            return
-        while len(chosen) > 1:  # which group?
-            half = chosen[: len(chosen) // 2]
-            before, found = found, fault(half)
-            chosen = half if found else chosen[len(chosen) // 2 :]
-            found = found or before
-        name = _choice(model, chosen, variables, inputs)
-        name = name or _first_difference(model, chosen, variables, inputs, bound)
-        raise errors.RefusedError(
-            f"trimming is not exact ({found}): {name} does not treat one channel with "
-            "summed readers as it treats copies.",
-            path=chosen[0][0].name,
-            operation=operation,
-            remedy="Leave the group out of the clusters (exclude=).",
-        )
+def _check(model: Model, chosen: Chosen, operation: str) -> None:
+    variables, inputs = _point(model)
+    bound = TOLERANCE[_narrowest(trace.trace(model.apply_fn, variables, inputs))]
+
+    def fault(part: Chosen) -> str:
+        found = _choice(model, part, variables, inputs)
+        if found:
+            return f"{found} picks one of the channels"
+        error = _error(model, part, variables, inputs)
+        return f"{error:.1e} of the output at a random point" * (error > bound)
+
+    found = fault(chosen)
+    if not found:
+        return
+    while len(chosen) > 1:  # which group?
+        half = chosen[: len(chosen) // 2]
+        before, found = found, fault(half)
+        chosen = half if found else chosen[len(chosen) // 2 :]
+        found = found or before
+    name = _choice(model, chosen, variables, inputs)
+    name = name or _first_difference(model, chosen, variables, inputs, bound)
+    raise errors.RefusedError(
+        f"trimming is not exact ({found}): {name} does not treat one channel with "
+        "summed readers as it treats copies.",
+        path=chosen[0][0].name,
+        operation=operation,
+        remedy="Leave the group out of the clusters (exclude=).",
+    )
 
 
 def _point(model: Model) -> tuple[Any, tuple[Any, ...]]:
