@@ -28,6 +28,7 @@ bench: $(VENV)/.train
 	$(BIN)/python -m benchmarks.analysis
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.reparam
+	$(BIN)/python -m benchmarks.pruning
 
 $(VENV)/.train: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

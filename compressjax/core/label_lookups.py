@@ -12,6 +12,7 @@ from compressjax.core.labels import (
     DATA,
     FROZEN,
     UNIFORM,
+    VARIABLE,
     VARYING,
     Engine,
     Labels,
@@ -79,12 +80,34 @@ def gather(e: Engine, eqn: Any, ins: Sequence[Labels]) -> list[Labels]:
             order[moved[0]] = axis
             return [keep_axes_taken(e, v, order, shape, axis, positions)]
     cut = [a for a, n in enumerate(v.shape) if sizes[a] != n or a in gone]
+    chosen = _chosen(v, index, d, sizes, len(shape))
     frozen = blocks.freeze_axes(e, v, cut, "is looked up by position")
     frozen.kind, frozen.leaf = kind_of(ins)
     fill = FROZEN if index.kind else VARYING
     out = blocks.keep_axes(frozen, order, shape, fill)
+    if chosen is not None:
+        out.axes[chosen] = index.axes[0]
     out.axes = [UNIFORM if n == 1 else a for a, n in zip(out.axes, shape, strict=True)]
     return [out]
+
+
+def _chosen(v: Labels, index: Labels, d: Any, sizes: Any, ndim: int) -> int | None:
+    """The axis of the result whose entries a variable chooses from one axis of data.
+
+    Each entry there is what one entry of the variable asks for, and goes with it.
+    """
+    if v.kind != DATA or index.kind != VARIABLE or index.value is not None:
+        return None
+    if len(index.shape) != 2 or index.shape[1] != 1 or isinstance(index.axes[0], int):
+        return None
+    if index.axes[0] is None or d.operand_batching_dims:
+        return None
+    gone = tuple(d.collapsed_slice_dims)
+    if len(gone) != 1 or gone != tuple(d.start_index_map):
+        return None
+    moved = [a for a in range(ndim) if a not in d.offset_dims]
+    whole = all(sizes[a] == n for a, n in enumerate(v.shape) if a not in gone)
+    return moved[0] if whole and len(moved) == 1 else None
 
 
 def _static_take(v: Labels, index: Labels, d: Any, sizes: Any):

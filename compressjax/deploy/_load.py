@@ -47,6 +47,7 @@ REPLAY: dict[str, Callable[[Step], Transform]] = {
     "prune.compactors": _compactors,
     "prune.convert": _compactors,
     "prune.mask": _prune,
+    "prune.selectors": _compactors,
     "prune.shrink": _prune,
     "prune.weights": _prune_weights,
     "quantize.insert": _insert.replay,

@@ -11,6 +11,7 @@ from compressjax.prune._groups import ChannelGroup as ChannelGroup
 from compressjax.prune._groups import groups as groups
 from compressjax.prune._mask import mask as mask
 from compressjax.prune._select import select as select
+from compressjax.prune._selectors import selectors as selectors
 from compressjax.prune._shrink import shrink as shrink
 from compressjax.prune._trim import trim as trim
 from compressjax.prune._weights import weights as weights

@@ -41,9 +41,14 @@ def gather(eqn: Any, ins: Sequence[Live]) -> list[Live]:
         raise NeedFull
     left = [a for a in range(v.ndim) if a not in gone]
     to = dict(zip(left, d.offset_dims, strict=True))
-    indices = full(where)
+    indices, fewer = full(where), None
+    if where.dead and len(d.offset_dims) == len(shape) - 1:
+        # Chosen by a variable that is shorter now; a dead entry would ask for place 0.
+        (block,) = where.dead
+        if block.axes == (0,) and block.is_zero:
+            indices, fewer = where.data, block.keep
 
-    def look_up(arr: Any, at: int | None = None) -> Any:
+    def look_up(arr: Any, indices: Any = indices) -> Any:
         sizes = [
             arr.shape[a] if p["slice_sizes"][a] == v.shape[a] and a not in gone else n
             for a, n in enumerate(p["slice_sizes"])
@@ -57,6 +62,10 @@ def gather(eqn: Any, ins: Sequence[Live]) -> list[Live]:
             sizes = [1 if a == b.axes[0] else n for a, n in enumerate(v.data.shape)]
             rep = look_up(jnp.broadcast_to(rep, sizes))
         dead.append(Dead((to[b.axes[0]],), b.keep, rep))
+    if fewer is not None:
+        (moved,) = (a for a in range(len(shape)) if a not in d.offset_dims)
+        first = look_up(v.data, jnp.zeros_like(indices[:1]))
+        dead.append(Dead((moved,), fewer, first))
     return [Live(look_up(v.data), shape, dead)]
 
 
