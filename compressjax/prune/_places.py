@@ -151,6 +151,8 @@ class Places:
             if len(key) != 1 or site.inside:
                 inside = site.inside[0] if site.inside else "a call"
                 return (), f"{site.name} is inside {inside}"
+            if why := _unmergeable(self.program, key[0], site):
+                return (), f"{site.name} {why}, so that no matrix can be merged into it"
             anchor = anchor_of(self.program, key[0], site, self.trainable)
             places.append(Place(site.name, anchor))
         g, points = self.groups.index(group), {}
@@ -183,6 +185,22 @@ class Places:
     def flow(self, g: int, points: Iterable[int]) -> tuple[str, int]:
         """(why a dead channel is not dead for its readers or "", worst state read)."""
         return _dead_flow.Flow(self.flat, self.walk, g, set(points)).run()
+
+
+def _unmergeable(program: _program.Program, index: int, site: sites.Site) -> str:
+    """Why `merge.fuse` cannot take a matrix behind this product into its weight."""
+    if program.used_elsewhere(program.trace.paths.index(str(site.leaf)), index):
+        return "has a weight that is used elsewhere too"
+    p = site.params
+    if not site.is_conv:
+        (contracted, batch) = p["dimension_numbers"]
+        several = batch[0] or len(contracted[0]) > 1 or site.w.ndim != 2
+        return "has several input axes" if several else ""
+    if site.weight_side != 1 or p["batch_group_count"] != 1:
+        return "has its weight on the left, or batch groups"
+    if any(d != 1 for d in p["lhs_dilation"]):
+        return "is a transposed convolution"
+    return "is a convolution in groups" if p["feature_group_count"] > 1 else ""
 
 
 def _is_depthwise(site: sites.Site) -> bool:

@@ -223,6 +223,10 @@ def standardised(p, x):
     return jax.nn.relu(x @ p["a"]) @ (p["b"] - p["b"].mean(0, keepdims=True))
 
 
+def twice(p, x):
+    return (jax.nn.relu(x @ p["a"]) + jax.nn.relu(-x @ p["a"])) @ p["b"]
+
+
 def model_of(fn, x, **shapes):
     rng = np.random.default_rng(0)
     params = {k: jnp.float32(rng.normal(size=s)) for k, s in shapes.items()}
@@ -252,7 +256,7 @@ def test_structure_decides():
     assert rows["params/a"] == "params/a"  # the gate needs none
     for model, reason in (
         (NORMED, "where a dead channel is not 0"),
-        (GROUPED, "lanes"),
+        (GROUPED, "in groups"),
     ):
         with pytest.raises(errors.RefusedError, match=reason):
             cj.prune.compactors("params/{a,g}")(model)
