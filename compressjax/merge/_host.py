@@ -117,7 +117,9 @@ class Host:
     def signature(self, sites: dict[int, finding.Site]) -> tuple[Any, tuple]:
         view = self.view
         names = tuple(sorted(sites[i].name for i in view.sites))
-        what = (view.op.geometry, view.op.biased, view.channel, view.order, names)
+        # Axes of size one come and go with the batch size; no array depends on them.
+        order = tuple(a for a in view.order if a is not None)
+        what = (view.op.geometry, view.op.biased, view.channel, order, names)
         return what, view.numbers
 
     def stored(self, kernel: Any) -> Any:
