@@ -11,7 +11,8 @@ removes the same share and trains on; after five rounds 30 % are left. "once" re
 "magnitude" and "random" do the same with another score. The network of the last epoch
 is taken, whatever its accuracy. In pre-activation networks and DenseNet every norm
 chooses what it reads of the stream (`prune.selectors`), as in the papers; "magnitude"
-there goes by the scales of the norms. Rates and epochs are chosen without the test set, with
+there goes by the scales of the norms. Rates and epochs are chosen without the test set,
+with
 
         --config.images.train='train[:90%]' --config.images.test='train[90%:]'
 
@@ -19,15 +20,14 @@ The sizes are those of the papers, and for an accelerator. Two cores:
 
     python -m train.repeat --config configs/cifar10_taylor.py \\
         --workdir runs/cifar10_taylor --seeds 0,1,2 --config.data_dir=DIR \\
-        --pairs once:round-5,magnitude:round-5,random:round-5 \\
-        --config.width=8 --config.images.train='train[:10000]' \\
-        --config.images.test='test[:5000]' --config.batch_size=64 \\
-        --config.lr=0.05 --config.images.pad=0 \\
-        --config.stages[0].epochs=6 --config.stages[1].epochs=1 \\
+        --pairs once:round-5 --config.rehearse=False --config.report.batches='()' \\
+        --config.width=8 --config.images.train='train[:5000]' \\
+        --config.images.test='test[:5000]' --config.lr=0.05 --config.images.pad=0 \\
+        --config.stages[0].epochs=8 --config.stages[1].epochs=1 \\
         --config.stages[2].epochs=1 --config.stages[3].epochs=1 \\
-        --config.stages[4].epochs=1 --config.stages[5].epochs=2 \\
-        --config.stages[6].epochs=6 --config.stages[7].epochs=6 \\
-        --config.stages[8].epochs=6
+        --config.stages[4].epochs=1 --config.stages[5].epochs=3 \\
+        --config.stages[6].epochs=7 --config.stages[7].epochs=0 \\
+        --config.stages[8].epochs=0
 """
 
 import dataclasses

@@ -13,6 +13,8 @@ from flax import linen as nn
 import compressjax as cj
 from configs import (
     cifar10_qat,
+    cifar10_taylor,
+    fashion_channels,
     fashion_progressive,
     fashion_prune_quantize,
     fashion_qat,
@@ -151,7 +153,14 @@ def test_prune_quantize_pack():
 
 @pytest.mark.parametrize(
     "file",
-    [cifar10_qat, fashion_qat, fashion_progressive, fashion_prune_quantize],
+    [
+        cifar10_qat,
+        cifar10_taylor,
+        fashion_channels,
+        fashion_qat,
+        fashion_progressive,
+        fashion_prune_quantize,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_commands_name_stages_that_exist(file):
