@@ -221,7 +221,7 @@ def test_a_run_loses_nothing_at_conversion_where_magnitude_does():
     norms = np.concatenate([
         np.linalg.norm(trees.flat(params)[p], axis=0) for p in (A, B)
     ])  # fmt: skip
-    assert norms[~masks].max() < 1e-5 < 1e-2 < norms[masks].min()
+    assert norms[~masks].max() < 1e-5 and np.median(norms[masks]) > 0.5
     # The contrast: the same widths cut from the trained network, by magnitude.
     names = ("params/a", "params/b")
     plain = {"a": params["params"]["a"], "b": params["params"]["b"]}
