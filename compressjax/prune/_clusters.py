@@ -30,7 +30,7 @@ from compressjax.prune._cluster_rows import (
     refused,
     resolve,
 )
-from compressjax.prune._groups import ChannelGroup, groups
+from compressjax.prune._groups import ChannelGroup, groups, matching
 
 KINDS = ("kmeans", "even", "imbalanced", "random")
 MANY = 256  # channels, above which k-means starts once and not ten times
@@ -178,14 +178,14 @@ def _plan(
         raise ValueError(f'kind="{kind}" draws at random: give key=.')
     found = groups(expect(model), **options)
     patterns = (exclude,) if isinstance(exclude, str) else exclude
-    excluded = {g for p in patterns for g in _matching(found, p, "exclude")}
+    excluded = {g for p in patterns for g in matching(found, p, "exclude")}
     if isinstance(keep, Mapping):
         return _widths(found, keep, excluded)
     if isinstance(keep, str) or not hasattr(keep, "__float__"):
         raise TypeError(f"keep={keep!r}: give a ratio, or {{group name: width}}.")
     if not 0 < keep <= 1:
         raise ValueError(f"keep={keep} is outside 0 < keep <= 1.")
-    chosen = set(_matching(found, where, "where"))
+    chosen = set(matching(found, where, "where"))
     plan, left = {}, {}
     for group in found:
         if not group.prunable:
@@ -205,19 +205,6 @@ def _plan(
             remedy="See cj.prune.groups(model).",
         )
     return plan, left
-
-
-def _matching(
-    found: Sequence[ChannelGroup], pattern: str, what: str
-) -> list[ChannelGroup]:
-    """Groups whose name, or a producer's path, matches."""
-    chosen = [
-        g for g in found if any(trees.matches(pattern, p) for p in (g.name, *g.paths))
-    ]
-    if not chosen:
-        names = [g.name for g in found]
-        raise errors.no_match(f"channel group ({what}=)", pattern, names)
-    return chosen
 
 
 def _widths(

@@ -24,7 +24,7 @@ from compressjax.core import errors, trees
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model, Row, Step, Transform, fresh_name
 from compressjax.merge import _program
-from compressjax.prune._groups import ChannelGroup, groups
+from compressjax.prune._groups import ChannelGroup, groups, matching
 from compressjax.prune._places import Place, Places, locate
 from compressjax.prune._widths import Polynomial, polynomial
 
@@ -122,8 +122,8 @@ def _plan(
     exclude: Sequence[str],
 ) -> tuple[list[tuple[ChannelGroup, str, tuple[Place, ...]]], list[Row]]:
     """([(group, name of its matrix, places)], rows of the report)."""
-    selected = _select(found, where, "where")
-    excluded = [g for p in exclude for g in _select(found, p, "exclude")]
+    selected = matching(found, where, "where")
+    excluded = [g for p in exclude for g in matching(found, p, "exclude")]
     able = Places(model, [g for g in found if g.prunable])
     chosen, rows, taken = [], [], set()
     for group in selected:
@@ -154,21 +154,6 @@ def _plan(
             remedy="Choose others with `where`; see cj.prune.groups(model).",
         )
     return chosen, rows
-
-
-def _select(found: Sequence[ChannelGroup], pattern: str, what: str):
-    """Groups whose name, or a producer's path, matches."""
-    chosen = [
-        g
-        for g in found
-        if any(
-            trees.matches(pattern, p) for p in (g.name, *(p for p, _ in g.producers))
-        )
-    ]
-    if not chosen:
-        names = [g.name for g in found]
-        raise errors.no_match(f"channel group ({what}=)", pattern, names)
-    return chosen
 
 
 def _free(group: str, taken: set[str]) -> str:

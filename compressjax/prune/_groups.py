@@ -6,12 +6,12 @@ with every slice of every leaf that belongs to it.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from compressjax.core import labels, sites, trace
+from compressjax.core import errors, labels, sites, trace, trees
 from compressjax.core.model import Model
 
 LeafAxis = tuple[str, int]
@@ -273,3 +273,20 @@ def _numbered(found: list[ChannelGroup]) -> tuple[ChannelGroup, ...]:
         name = f"{group.name}#{k}" if k > 1 else group.name
         out.append(dataclasses.replace(group, name=name))
     return tuple(out)
+
+
+def matching(
+    found: Sequence[ChannelGroup], pattern: str, what: str = "where"
+) -> list[ChannelGroup]:
+    """Groups whose name, or a producer's path, matches; `what` names the argument.
+
+    Raises:
+      NoMatchError: none does.
+    """
+    chosen = [
+        g for g in found if any(trees.matches(pattern, p) for p in (g.name, *g.paths))
+    ]
+    if not chosen:
+        names = [g.name for g in found]
+        raise errors.no_match(f"channel group ({what}=)", pattern, names)
+    return chosen

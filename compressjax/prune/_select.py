@@ -22,7 +22,7 @@ import numpy as np
 from compressjax import costs
 from compressjax.core import errors, macs, trees
 from compressjax.core.model import Model, Row
-from compressjax.prune._groups import ChannelGroup, groups
+from compressjax.prune._groups import ChannelGroup, groups, matching
 from compressjax.prune._ranking import Meter, floor_of, removals
 from compressjax.prune._score_parts import Score
 from compressjax.prune._shrink import shrink
@@ -148,9 +148,9 @@ def kept(
 def plan(model: Model, wish: Wish) -> Plan:
     """The channels that stay, and one report row per group."""
     found = groups(model, attention=wish.attention, grouped=wish.grouped)
-    chosen = _matching(found, wish.where, "where")
+    chosen = matching(found, wish.where, "where")
     patterns = (wish.exclude,) if isinstance(wish.exclude, str) else wish.exclude
-    excluded = [g for p in patterns for g in _matching(found, p, "exclude")]
+    excluded = [g for p in patterns for g in matching(found, p, "exclude")]
     left_alone = {}
     for group in found:
         if not group.prunable:
@@ -354,20 +354,6 @@ def check(small: Model, wish: Wish, planned: Plan) -> None:
             operation=OPERATION,
             remedy="Please report it; ratio= needs no such plan.",
         )
-
-
-def _matching(
-    found: Sequence[ChannelGroup], pattern: str, what: str
-) -> list[ChannelGroup]:
-    """Groups whose name, or a producer's path, matches."""
-    chosen = [
-        g for g in found if any(trees.matches(pattern, p) for p in (g.name, *g.paths))
-    ]
-    if not chosen:
-        raise errors.no_match(
-            f"channel group ({what}=)", pattern, [g.name for g in found]
-        )
-    return chosen
 
 
 def select(
