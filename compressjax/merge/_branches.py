@@ -11,7 +11,8 @@ Structure alone decides, never values.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ class View:
       dtype: the narrowest type on the way.
       sites: the products it takes in, by equation.
       joins: it holds a sum of branches, a concatenation or a window.
-      numbers: the scalar constants behind its vectors.
+      made: how its kernels and vectors are computed from variables.
+      numbers: the scalar constants behind those.
     """
 
     root: Any
@@ -47,6 +49,7 @@ class View:
     dtype: Any
     sites: frozenset[int] = frozenset()
     joins: bool = False
+    made: tuple[str, ...] = ()
     numbers: tuple[float, ...] = ()
 
     @property
@@ -170,11 +173,34 @@ def _hints(
         out: Any = eqn.outvars[0] if len(eqn.outvars) == 1 else None
         if out is None or out not in hints or eqn.primitive.name not in rules:
             continue
-        axis = hints[out]
-        if eqn.primitive.name == "transpose":
-            axis = eqn.params["permutation"][axis]
         for a in eqn.invars:
-            shape = getattr(getattr(a, "aval", None), "shape", ())
-            if len(shape) == len(out.aval.shape) and not program.is_known(a):
+            if program.is_known(a):
+                continue
+            axis = _behind(eqn, a.aval.shape, out.aval.shape, hints[out])
+            if axis is not None:
                 hints.setdefault(a, axis)
     return hints
+
+
+def _behind(
+    eqn: tracing.Equation, old: Sequence[int], new: Sequence[int], axis: int
+) -> int | None:
+    """The axis of an operand that an axis of the result follows; None if there is none.
+
+    Through the axes of size one that `vmap` and `x[None]` put around.
+    """
+    name, p = eqn.primitive.name, eqn.params
+    if name == "transpose":
+        return p["permutation"][axis]
+    if name == "broadcast_in_dim":
+        dims = p["broadcast_dimensions"]
+        return dims.index(axis) if axis in dims else None
+    if name in ("squeeze", "expand_dims", "reshape"):
+        before = math.prod(new[:axis])
+        same = (
+            a
+            for a, n in enumerate(old)
+            if n == new[axis] != 1 and math.prod(old[:a]) == before
+        )
+        return next(same, None)
+    return axis if len(old) == len(new) else None

@@ -119,7 +119,7 @@ class Host:
         names = tuple(sorted(sites[i].name for i in view.sites))
         # Axes of size one come and go with the batch size; no array depends on them.
         order = tuple(a for a in view.order if a is not None)
-        what = (view.op.geometry, view.op.biased, view.channel, order, names)
+        what = (view.op.geometry, view.op.biased, view.channel, order, names, view.made)
         return what, view.numbers
 
     def stored(self, kernel: Any) -> Any:

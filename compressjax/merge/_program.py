@@ -1,6 +1,7 @@
 """A program to fuse: flat, with what each value depends on and who reads it."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,12 @@ ELEMENTWISE = frozenset(
     rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor pvary
     """.split()
 )
+
+
+# What does not change values, and what of an equation does not say what it computes.
+_TRANSPARENT = ("convert_element_type", "copy", "copy_p", "pvary", "stop_gradient")
+_HOW = ("precision", "preferred_element_type", "sharding", "out_sharding", "dtype",
+        "new_dtype", "weak_type", "branches", "accuracy")  # fmt: skip
 
 
 class Program:
@@ -39,6 +46,9 @@ class Program:
                 if isinstance(atom, tracing.Var):
                     self.users.setdefault(atom, []).append(i)
         self.outputs = {v for v in self.jaxpr.outvars if isinstance(v, tracing.Var)}
+        consts = zip(self.jaxpr.constvars, self.closed.consts, strict=True)
+        self._consts = dict(consts)
+        self._expressions: dict[Any, str] = {}
         self._origins()
         self.readers = self._readers()
 
@@ -157,6 +167,39 @@ class Program:
         visit(atom)
         return tuple(found)
 
+    def expression(self, atom: Any) -> str:
+        """How a known value is computed: operations, leaves, arrays; no scalars.
+
+        `numbers` has those. Casts and copies are left out: variables may be cast. Sizes
+        count where an operation depends on them (sums, products, positions), not where
+        a value is only stretched or reshaped.
+        """
+        if isinstance(atom, tracing.Literal):
+            return "number"
+        if atom in self.leaf_of:
+            return self.trace.paths[self.leaf_of[atom]]
+        if atom in self._expressions:
+            return self._expressions[atom]
+        if atom not in self.producer:
+            const = np.asarray(self._consts[atom])
+            parts = [str(const.shape), const.tobytes().hex()]
+        else:
+            eqn = self.eqns[self.producer[atom]]
+            name, ins = eqn.primitive.name, [self.expression(a) for a in eqn.invars]
+            if name in _TRANSPARENT:
+                return ins[0]
+            parts = [name, str(eqn.outvars.index(atom)), *ins]
+            if name not in ELEMENTWISE and name not in ("broadcast_in_dim", "reshape"):
+                parts += [str(getattr(a.aval, "shape", ())) for a in eqn.invars]
+                parts += _settings(eqn)
+            elif name == "integer_pow":
+                parts.append(str(eqn.params["y"]))
+            elif name == "broadcast_in_dim":
+                parts.append(str(eqn.params["broadcast_dimensions"]))
+        found = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        self._expressions[atom] = found
+        return found
+
     def only_user(self, var: Any) -> tuple[int | None, str]:
         """The one equation that uses a value, or None and why there is none."""
         users = self.users.get(var, [])
@@ -180,6 +223,18 @@ class Program:
                     return True
                 stack.extend(eqn.invars)
         return False
+
+
+def _settings(eqn: tracing.Equation) -> list[str]:
+    """The parameters of an equation that change what it computes."""
+    inside = [
+        (e.primitive.name, [str(a) for a in e.invars if isinstance(a, tracing.Literal)])
+        for body in tracing.bodies(eqn)
+        for e in body.eqns
+    ]
+    kept = [(k, v) for k, v in sorted(eqn.params.items()) if k not in _HOW]
+    kept = [(k, v) for k, v in kept if not callable(v) and "jaxpr" not in k]
+    return [str(inside), str(kept)]
 
 
 def flatten(trace: tracing.Trace) -> tracing.ClosedJaxpr:

@@ -88,8 +88,8 @@ def apply_of(
                 f"the segments are not those that were fused: {changed}.",
                 path=changed[0],
                 operation="merge.fuse",
-                remedy="Call it in evaluation mode, or make and fuse the Model again "
-                "for this size of input.",
+                remedy="Call it in evaluation mode, with the keywords and the size of "
+                "input it was fused with, or make and fuse the Model again for these.",
             )
         return jax.tree.unflatten(trace.out_tree, again.run(values))
 

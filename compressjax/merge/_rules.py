@@ -59,10 +59,15 @@ def _moved(flow: Flow, i: int, eqn: tracing.Equation) -> View:
     if eqn.params.get("dimensions") is not None and name == "reshape":
         raise Left
     sizes = [n for n, a in zip(old.shape, view.order, strict=True) if a is not None]
-    if 1 in sizes or [n for n in out.shape if n != 1] != sizes:
+    order, k = [], 0
+    for n in out.shape:  # of several axes of size one, the first: they hold the same
+        here = k < len(sizes) and n == sizes[k]
+        if not here and n != 1:
+            raise Left
+        order.append(kept[k] if here else None)
+        k += here
+    if k < len(sizes):
         raise Left
-    left = iter(kept)
-    order = [None if n == 1 else next(left) for n in out.shape]
     return view.after(view.op, order=tuple(order))
 
 
@@ -115,7 +120,7 @@ def _arithmetic(flow: Flow, i: int, eqn: tracing.Equation) -> View:
         op = _linop.shift(op, lambda known: -vector(known))
     else:
         op = _linop.shift(op, vector)
-    return view.after(op, numbers=view.numbers + flow.program.numbers(v))
+    return view.after(op, **_from(flow.program, view, v))
 
 
 def _times(view: View, factor: float) -> _linop.LinOp:
@@ -147,8 +152,17 @@ def _match(flow: Flow, u: View, v: View) -> None:
 
 
 def _both(u: View, v: View, op: _linop.LinOp) -> View:
-    numbers = u.numbers + v.numbers
-    return u.after(op, sites=u.sites | v.sites, joins=True, numbers=numbers)
+    made, numbers = u.made + v.made, u.numbers + v.numbers
+    sites = u.sites | v.sites
+    return u.after(op, sites=sites, joins=True, made=made, numbers=numbers)
+
+
+def _from(program: Program, view: View, known: Any) -> dict[str, Any]:
+    """What a view is made of, with one more known value."""
+    return {
+        "made": (*view.made, program.expression(known)),
+        "numbers": view.numbers + program.numbers(known),
+    }
 
 
 def _joined(flow: Flow, i: int, eqn: tracing.Equation) -> View:
@@ -254,7 +268,8 @@ def _product(flow: Flow, i: int, eqn: tracing.Equation) -> View:
     view = flow.chain(i, x, channel, make)
     out = moved(view)
     flow.labels[i] = view.order, out
-    return view.after(view.op, order=out, sites=view.sites | {i})
+    made = _from(flow.program, view, w)
+    return view.after(view.op, order=out, sites=view.sites | {i}, **made)
 
 
 def _conv(site: finding.Site, w: Any, shape: Sequence[int]):

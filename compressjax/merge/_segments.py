@@ -68,17 +68,19 @@ class Segment:
     indices: np.ndarray | None = dataclasses.field(compare=False, repr=False)
 
     def signature(self, program: Program) -> tuple[tuple, tuple]:
-        """(operations and how many constants each has, the constants).
+        """(operations and what their operands are made of, the scalars in those).
 
         A later trace must have the same: a constant may come from a shape (the 1/HW of
-        a mean), and is folded as a value.
+        a mean) or a keyword, and is folded as a value.
         """
         ops = [op for op in (*self.before, *self.after) if op.kind != "move"]
-        numbers = [
-            () if op.operand is None else program.numbers(op.operand) for op in ops
-        ]
-        kinds = tuple((op.kind, len(n)) for op, n in zip(ops, numbers, strict=True))
-        return kinds, tuple(x for n in numbers for x in n)
+        operands = [(op.kind, op.operand) for op in ops if op.operand is not None]
+        if self.indices is None or self.before:  # the weight is folded as it is used
+            weight = program.eqns[self.index].invars[self.site.weight_side]
+            operands.append(("weight", weight))
+        kinds = tuple(op.kind for op in ops)
+        made = tuple((kind, program.expression(a)) for kind, a in operands)
+        return (kinds, made), tuple(x for _, a in operands for x in program.numbers(a))
 
 
 def describe(eqn: tracing.Equation) -> str:
