@@ -151,8 +151,6 @@ def _check(kind, init, key, kernel_size, small, momentum, epsilon) -> None:
     for name, size in (("kernel_size", kernel_size), ("small", small)):
         if size is not None and (size < 1 or size % 2 == 0):
             raise ValueError(f"{name}={size}: give an odd size, so it has a middle.")
-    if kind != "replk" and (kernel_size, small) != (13, 5):
-        raise ValueError(f'kernel_size and small are of kind="replk", not "{kind}".')
     if kind == "replk" and small is not None and small >= kernel_size:
         raise ValueError(f"small={small} is not below kernel_size={kernel_size}.")
     if not (0 <= momentum < 1 and 0 < epsilon < 1):
