@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from compressjax.core import sites as finding
@@ -151,7 +152,7 @@ class Program:
         )
 
     def numbers(self, atom: Any) -> tuple[float, ...]:
-        """The scalar literals behind a known value, in a fixed order."""
+        """The float constants behind a known value, in a fixed order."""
         found: list[float] = []
         seen: set[Any] = set()
 
@@ -159,6 +160,11 @@ class Program:
             if isinstance(atom, tracing.Literal):
                 if np.ndim(atom.val) == 0:
                     found.append(float(np.float32(atom.val)))
+            elif atom in self._consts and atom not in seen:
+                seen.add(atom)
+                const = np.asarray(self._consts[atom])
+                if jnp.issubdtype(const.dtype, jnp.floating):
+                    found.extend(const.astype(np.float32).ravel().tolist())
             elif atom in self.producer and atom not in seen:
                 seen.add(atom)
                 for a in self.eqns[self.producer[atom]].invars:
@@ -168,7 +174,7 @@ class Program:
         return tuple(found)
 
     def expression(self, atom: Any) -> str:
-        """How a known value is computed: operations, leaves, arrays; no scalars.
+        """How a known value is computed: operations and leaves; no float constants.
 
         `numbers` has those. Casts and copies are left out: variables may be cast. Sizes
         count where an operation depends on them (sums, products, positions), not where
@@ -182,7 +188,9 @@ class Program:
             return self._expressions[atom]
         if atom not in self.producer:
             const = np.asarray(self._consts[atom])
-            parts = [str(const.shape), const.tobytes().hex()]
+            parts = [str(const.shape)]
+            if not jnp.issubdtype(const.dtype, jnp.floating):
+                parts.append(const.tobytes().hex())
         else:
             eqn = self.eqns[self.producer[atom]]
             name, ins = eqn.primitive.name, [self.expression(a) for a in eqn.invars]

@@ -101,7 +101,7 @@ def _same(now: Mapping[str, Any], then: Mapping[str, Any], name: str) -> bool:
         return False
     (kinds, a), (kinds_then, b) = now[name], then[name]
     return kinds == kinds_then and all(
-        x == y or any(x == half(y) for half in _HALVES)
+        x == y or x != x and y != y or any(x == half(y) for half in _HALVES)
         for x, y in zip(a, b, strict=True)
     )
 

@@ -122,8 +122,9 @@ def _plan(
     exclude: Sequence[str],
 ) -> tuple[list[tuple[ChannelGroup, str, tuple[Place, ...]]], list[Row]]:
     """([(group, name of its matrix, places)], rows of the report)."""
-    selected = matching(found, where, "where")
-    excluded = [g for p in exclude for g in matching(found, p, "exclude")]
+    made = [g for g in found if g.producers]  # others hold no product's channels
+    selected = matching(made, where, "where")
+    excluded = [g for p in exclude for g in matching(made, p, "exclude")]
     able = Places(model, [g for g in found if g.prunable])
     chosen, rows, taken = [], [], set()
     for group in selected:
