@@ -3,6 +3,8 @@
     distillation                 tau^2 KL(softmax(t / tau) || softmax(s / tau))
     cross_entropy_distillation   (1 - a) CE(s, label) + a distillation(s, t)
     feature_error                mean over layers of ||S_l - T_l||^2 / ||T_l||^2
+    normalized_feature_error     the same of features with mean 0, std 1 per channel
+    attention_transfer           mean over layers of || Q_S/||Q_S|| - Q_T/||Q_T|| ||
     damping                      sum (w_hat - clip(w, lo, hi))^2
     repvgg_l2                    the square of the kernel that a RepVGG block becomes
 
@@ -122,6 +124,115 @@ def feature_error(student: Any, teacher: Any) -> Array:
     >>> feature_error(jnp.array([[1.0, 1.0]]), jnp.array([[1.0, 2.0]])).tolist()
     [0.20000000298023224]
     """
+
+    def each(s: Array, t: Array) -> Array:
+        size = _square(t)
+        return _square(s - t) / jnp.where(size > 0, size, 1.0)
+
+    return _mean_over_layers(each, student, teacher)
+
+
+def normalized_feature_error(student: Any, teacher: Any) -> Array:
+    """Squared error of features whose channels are normalised over the batch.
+
+        L_n = 1/L sum_l mean_{c,p} (S'_lncp - T'_lncp)^2,  A' = (A - mean_c) / std_c
+
+    mean_c and std_c are those of channel c over the examples n and the positions p, of
+    the student's feature and of the teacher's. So a shift and a positive factor of a
+    channel, which norms of student and teacher are free to have, cost nothing: the mean
+    over the batch is 2 (1 - r_c), with r_c the correlation of the two channels.
+
+    Args:
+      student: f32[N, ..., C] or any pytree of them.
+      teacher: the same structure and shapes; gets no gradient.
+
+    Returns:
+      f32[N], unitless, >= 0; its mean over the batch is at most 4. A channel that is
+      the same everywhere counts as zeros.
+
+    Raises:
+      ValueError: if structures or shapes differ, or there is no feature.
+
+    Source: our own form of a channel-normalised error; the usual ones differ in what
+    they normalise over.
+
+    >>> s, t = jnp.array([[1.0], [3.0]]), jnp.array([[0.0], [10.0]])
+    >>> normalized_feature_error(s, t).tolist()
+    [0.0, 0.0]
+    >>> normalized_feature_error(-s, t).tolist()
+    [4.0, 4.0]
+    """
+
+    def normal(a: Array) -> Array:
+        axes = tuple(range(a.ndim - 1))
+        a = a.astype(jnp.float32)
+        a = a - jnp.mean(a, axes, keepdims=True)
+        variance = jnp.mean(jnp.square(a), axes, keepdims=True)
+        flat = variance <= 0
+        return jnp.where(flat, 0.0, a / jnp.sqrt(jnp.where(flat, 1.0, variance)))
+
+    def each(s: Array, t: Array) -> Array:
+        return _square(normal(s) - normal(t)) / (s.size // s.shape[0])
+
+    return _mean_over_layers(each, student, teacher)
+
+
+def attention_transfer(student: Any, teacher: Any) -> Array:
+    """How far a student looks at other places than its teacher.
+
+        L_n = 1/L sum_l || Q_S / ||Q_S|| - Q_T / ||Q_T|| ||,   Q[p] = sum_c A_npc^2
+
+    Q is the attention map of an example: the energy at each position p. Signs, and how
+    energy lies on the channels, are free, so student and teacher may differ in width.
+
+    Args:
+      student: f32[N, ..., C] or any pytree of them.
+      teacher: the same structure; the shapes agree but for C. Gets no gradient.
+
+    Returns:
+      f32[N], unitless, in [0, sqrt 2]. A feature that is zero everywhere has Q = 0; the
+      gradient of equal maps is zero.
+
+    Raises:
+      ValueError: if structures or positions differ, or there is no feature, or one
+        without positions.
+
+    Papers: Zagoruyko, Komodakis, Paying More Attention to Attention, ICLR 2017, arXiv
+    1612.03928; Martinez, Yang, Bulat, Tzimiropoulos, Training Binary Neural Networks
+    with Real-to-Binary Convolutions, ICLR 2020, arXiv 2003.11535.
+
+    >>> s, t = jnp.array([[[1.0], [0.0]]]), jnp.array([[[0.0], [-2.0]]])
+    >>> round(float(attention_transfer(s, t)[0]), 4)  # from (1, 0) to (0, 1)
+    1.4142
+    """
+
+    def look(a: Array) -> Array:
+        if a.ndim < 3:
+            raise ValueError(
+                f"a feature of shape {a.shape} has no positions to look at: choose "
+                "maps, or feature_error."
+            )
+        energy = jnp.sum(jnp.square(a.astype(jnp.float32)), -1)
+        q = energy.reshape(a.shape[0], -1)
+        size = _square(q)[:, None]
+        return jnp.where(size > 0, q / jnp.sqrt(jnp.where(size > 0, size, 1.0)), 0.0)
+
+    def each(s: Array, t: Array) -> Array:
+        squared = _square(look(s) - look(t))
+        apart = squared > 0  # the root has no derivative at zero
+        return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0)
+
+    return _mean_over_layers(each, student, teacher, widths=False)
+
+
+def _mean_over_layers(
+    each: Callable[[Array, Array], Array],
+    student: Any,
+    teacher: Any,
+    *,
+    widths: bool = True,
+) -> Array:
+    """f32[N]: the mean of ``each(s, t)`` over pairs of features; t gets no gradient."""
     if jax.tree.structure(student) != jax.tree.structure(teacher):
         raise ValueError(
             f"student and teacher have other features: {jax.tree.structure(student)} "
@@ -130,12 +241,11 @@ def feature_error(student: Any, teacher: Any) -> Array:
     pairs = list(zip(jax.tree.leaves(student), jax.tree.leaves(teacher), strict=True))
     if not pairs:
         raise ValueError("there is no feature: capture at least one site.")
-    terms = []
     for s, t in pairs:
-        _same_shape(s, t)
-        t = jax.lax.stop_gradient(t)
-        size = _square(t)
-        terms.append(_square(s - t) / jnp.where(size > 0, size, 1.0))
+        last = None if widths else -1
+        if s.shape[:last] != t.shape[:last]:
+            _same_shape(s, t)
+    terms = [each(s, jax.lax.stop_gradient(t)) for s, t in pairs]
     return sum(terms[1:], terms[0]) / len(terms)
 
 

@@ -62,6 +62,8 @@ def test_no_gradient_reaches_the_teacher(key):
         lambda t: losses.distillation(s, t).sum(),
         lambda t: losses.cross_entropy_distillation(s, label, t).sum(),
         lambda t: losses.feature_error(s, t).sum(),
+        lambda t: losses.normalized_feature_error(s, t).sum(),
+        lambda t: losses.attention_transfer(s[None], t[None]).sum(),
     ):
         assert float(jnp.max(jnp.abs(jax.grad(fn)(t)))) == 0
 
@@ -109,6 +111,59 @@ def test_feature_error_is_relative_and_zero_for_equals(key):
     )
     value, grad = jax.value_and_grad(lambda s: losses.feature_error(s, t).sum())(t)
     assert float(value) == 0 and float(jnp.max(jnp.abs(grad))) == 0
+
+
+FEATURE_LOSSES = (
+    losses.feature_error,
+    losses.normalized_feature_error,
+    losses.attention_transfer,
+)
+
+
+@pytest.mark.parametrize("loss", FEATURE_LOSSES, ids=lambda f: f.__name__)
+def test_equal_features_cost_nothing_and_move_nothing(loss, key):
+    """Also with an example and a channel of zeros, where norms and spreads vanish."""
+    t = jax.random.normal(key, (3, 4, 4, 2)).at[0].set(0).at[..., 1].set(0)
+    run = jax.jit(jax.value_and_grad(lambda s, t: loss(s, t).sum()))
+    value, grad = run({"a": t, "b": 2 * t}, {"a": t, "b": 2 * t})
+    assert float(value) == 0
+    assert all(float(jnp.max(jnp.abs(g))) == 0 for g in jax.tree.leaves(grad))
+    _, grad = run({"a": 0 * t, "b": t}, {"a": t, "b": 0 * t})
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grad))
+
+
+def test_normalized_features_see_correlations_alone(key):
+    """The batch mean is 2 (1 - r_c): NumPy's correlation of each channel.
+
+    The contrast: a shift and a factor for each channel change `feature_error`.
+    """
+    s, t = (np.asarray(x) for x in logits(key, (6, 3, 3, 4)))
+    s = s + 0.5 * t
+    pairs = zip(s.reshape(-1, 4).T, t.reshape(-1, 4).T, strict=True)
+    want = np.mean([2 - 2 * np.corrcoef(a, b)[0, 1] for a, b in pairs])
+    got = losses.normalized_feature_error(s, t)
+    assert got.shape == (6,) and float(got.mean()) == pytest.approx(want, rel=1e-4)
+    moved = s * np.float32([1, 2, 3, 4]).reshape(1, 1, 1, 4) + 5
+    np.testing.assert_allclose(
+        losses.normalized_feature_error(moved, t), got, rtol=1e-4
+    )
+    assert losses.feature_error(moved, t).mean() > 2 * losses.feature_error(s, t).mean()
+
+
+def test_attention_transfer_against_numpy(key):
+    """Signs, channels and loudness are free; places are not."""
+    s, t = (np.float64(x) for x in logits(key, (5, 3, 3, 4)))
+    maps = [np.square(a).sum(-1).reshape(5, -1) for a in (s, t)]
+    unit = [q / np.linalg.norm(q, axis=1, keepdims=True) for q in maps]
+    want = np.linalg.norm(unit[0] - unit[1], axis=1)
+    s, t = np.float32(s), np.float32(t)
+    got = losses.attention_transfer({"a": s, "b": t}, {"a": t, "b": t})
+    np.testing.assert_allclose(got, want / 2, rtol=1e-5)
+    other = -3 * t[..., [2, 0, 3, 1]]
+    np.testing.assert_allclose(losses.attention_transfer(other, t), 0, atol=1e-6)
+    assert losses.attention_transfer(t[:, ::-1], t).min() > 0.01
+    wide = np.concatenate([t, t], -1)  # twice the channels, the same map
+    np.testing.assert_allclose(losses.attention_transfer(wide, t), 0, atol=1e-6)
 
 
 def test_a_silent_teacher_divides_by_one():
@@ -188,8 +243,10 @@ def test_repvgg_l2_against_numpy_with_its_gradient():
         ),
         (lambda a, b: losses.feature_error({"a": a}, {"b": a}), "other features"),
         (lambda a, b: losses.feature_error({}, {}), "no feature"),
+        (lambda a, b: losses.attention_transfer(a, a), "no positions"),
+        (lambda a, b: losses.attention_transfer(a, a[..., None]), "must agree"),
     ],
-    ids=["shapes", "temperature", "weight", "structure", "empty"],
+    ids=["shapes", "temperature", "weight", "structure", "empty", "flat", "places"],
 )
 def test_errors(call, match):
     with pytest.raises(ValueError, match=match):
