@@ -139,16 +139,24 @@ def integer(
         )
         table = _choices.check(choices or {}, packing.products)
         sizes = tuple(batch_sizes) or (None,)
-        tried = tune and microbatch == "auto" and _tune.in_parts(model, sizes)
-        if tune:
-            more = (_microbatch.EXAMPLES,) if tried else ()
-            products = _products(model, specs, found, variables, (*sizes, *more))
-            table = _tune.pick_codes(products, known=table)
         how = functools.partial(_apply, model.apply_fn, specs, found, model.trainable)
-        fast, plain = how(table), how(None)
-        examples = _microbatch.given(microbatch)
-        if tried:
-            examples = _tune.pick_microbatch(fast, plain, variables, model, sizes)
+        plain = how(None)
+        examples, better = _microbatch.given(microbatch), ()
+        if tune:
+            packed = model.replace(variables=variables)
+            tried = microbatch == "auto"
+            few = _tune.parts(plain, packed, sizes) if tried else None
+            at = (*sizes, few) if few else sizes
+            made = _products(model, specs, found, variables, at)
+            entries, ranked = _tune.rank_codes(
+                {n: [p for p in ps if p.site not in table] for n, ps in made.items()}
+            )
+            settled = _tune.settle(
+                packed, entries, ranked, lambda t: how({**table, **t}), plain, few
+            )
+            table, better = {**table, **settled.table}, settled.better
+            examples = settled.examples if tried else examples
+        fast = how(table)
         if examples is not None:
             fast = _microbatch.split(fast, examples, plain)
         apply_fn = Integer(fast=fast, plain=plain, portable=how({}, store=False))
@@ -162,6 +170,7 @@ def integer(
             ),
             report=[
                 *_report(packing, found, weight_only),
+                *(Row("deploy.integer", "**", "fastest", label) for label in better),
                 *_tune.microbatch_rows("deploy.integer", examples),
             ],
             apply_fn=apply_fn,
@@ -279,9 +288,11 @@ class _Static:
         return jax.tree.unflatten(self.tree, leaves)
 
 
-def _products(model, specs, found, variables, batch_sizes) -> list[Product]:
-    """The integer products at each batch size; None: that of the Model's inputs."""
-    products: list[Product] = []
+def _products(
+    model, specs, found, variables, batch_sizes
+) -> dict[int | None, list[Product]]:
+    """{batch size: its integer products}; None: the size of the Model's inputs."""
+    products: dict[int | None, list[Product]] = {}
     for size in batch_sizes:
         args = model.inputs
         if size is not None:
@@ -289,12 +300,12 @@ def _products(model, specs, found, variables, batch_sizes) -> list[Product]:
                 lambda s, n=size: jax.ShapeDtypeStruct((n, *s.shape[1:]), s.dtype), args
             )
 
-        def record(variables, *args):
+        def record(variables, *args, size=size):
             trace = tracing.trace(model.apply_fn, specs, args)
             program = Program.of(trace, model.trainable)
             walk = Run(program, trace, trees.flat(variables), found, None)
             walk.run(trace.in_values[trace.n_variables :])
-            products.extend(p for p in walk.products.values() if p is not None)
+            products[size] = [p for p in walk.products.values() if p is not None]
 
         jax.eval_shape(record, variables, *args)
     return products

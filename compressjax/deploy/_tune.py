@@ -8,11 +8,12 @@ shapes are timed once. Then a few networks of first and second choices are timed
 (`_whole`): what counts is not how fast a site is alone.
 """
 
+import dataclasses
 import functools
 import itertools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -27,6 +28,10 @@ from compressjax.deploy import _choices, _forms, _lowerings, _microbatch, _whole
 
 _ROUNDS = 7
 _SECONDS = 0.004  # the least one timing takes
+
+# The whole batch at once must be this much faster than a few examples at a time: its
+# scratch memory is larger, and in another program it may have to be mapped anew.
+_ROOM = 1.15
 
 
 def tune(
@@ -71,7 +76,8 @@ def tune(
 
     def transform(model: Model) -> Model:
         rewriter = rewrite.Rewriter(model, where)
-        examples, better = _microbatch.given(microbatch), []
+        examples = _microbatch.given(microbatch)
+        better: Sequence[str] = ()
 
         def network(table: Mapping[str, Any]) -> Any:
             """The apply_fn with these lowerings."""
@@ -97,26 +103,23 @@ def tune(
         else:
             sizes = tuple(batch_sizes) or (None,)
             tried = timed and microbatch == "auto" and not backward
-            tried = tried and in_parts(model, sizes)
-            more = (_microbatch.EXAMPLES,) if tried else ()
-            found = {n: _sites(model, where, n) for n in (*sizes, *more)}
+            few = parts(plain, model, sizes) if tried else None
+            at = (*sizes, few) if few else sizes
+            found = {n: _entries(_sites(model, where, n)) for n in at}
             ranked: dict[Any, _whole.Ranked] = {}
-            for site in itertools.chain(*found.values()):
-                if _family(site) not in ranked:
-                    ranked[_family(site)] = (
-                        rank_float(site, backward=backward)
+            for entry in itertools.chain(*found.values()):
+                if entry.family not in ranked:
+                    ranked[entry.family] = (
+                        rank_float(entry.item, backward=backward)
                         if timed
-                        else [(_lowerings.default_float(*_shapes(site)), 0.0)]
+                        else [(_lowerings.default_float(*_shapes(entry.item)), 0.0)]
                     )
-            chosen = {family: order[0][0] for family, order in ranked.items()}
-            for size in sizes if timed and not backward else ():
-                picked, label = _pick_whole(model, size, found, ranked, chosen, network)
-                chosen.update(picked)
-                better += [label] if label else []
-            table = _table(found, chosen)
+            settled = settle(
+                model, found, ranked, network, plain, few, timed and not backward
+            )
+            table, better = settled.table, settled.better
+            examples = settled.examples if tried else examples
             fast = network(table)
-            if tried:
-                examples = pick_microbatch(fast, plain, model.variables, model, sizes)
         run = fast if examples is None else _microbatch.split(fast, examples, plain)
         return model.then(
             Step.of("deploy.tune", choices=table, where=where, microbatch=examples),
@@ -138,36 +141,105 @@ def _shapes(site: Any) -> tuple[Any, Any, Any]:
     return site.params, site.x, site.w
 
 
-def _family(site: Any) -> Any:
-    """The same for sites of the same shapes."""
-    return _key(site.primitive, *_shapes(site))
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A product to choose a lowering for; those of one family are alike."""
+
+    site: str
+    size: int  # of x
+    family: Any
+    item: Any
 
 
-def _table(found: Mapping[Any, Sequence[Any]], chosen: Mapping[Any, str]) -> dict:
-    """{site name: [[size of x, lowering], ...]}"""
-    table: dict[str, list[Any]] = {}
-    for site in itertools.chain(*found.values()):
-        entry = [int(np.prod(site.x.shape)), chosen[_family(site)]]
-        table.setdefault(site.name, []).append(entry)
-    return table
+def _entries(found: Sequence[Any]) -> list[Entry]:
+    return [
+        Entry(
+            site.name,
+            int(np.prod(site.x.shape)),
+            _key(site.primitive, *_shapes(site)),
+            site,
+        )
+        for site in found
+    ]
 
 
-def _pick_whole(
-    model: Model, size: int | None, found: Any, ranked: Any, chosen: Any, network: Any
-) -> tuple[dict[Any, str], str]:
-    """(the choices that make the whole network fastest, what they are if others)."""
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """What was chosen for the whole network.
+
+    Attributes:
+      table: {site name: [[size of x, lowering], ...]}.
+      examples: how many at a time; None for all.
+      better: what beat the choices of each site alone.
+    """
+
+    table: dict[str, Any]
+    examples: int | None
+    better: tuple[str, ...]
+
+
+def settle(
+    model: Model,
+    found: Mapping[int | None, Sequence[Entry]],
+    ranked: Mapping[Any, _whole.Ranked],
+    network: Callable[[Mapping[str, Any]], Any],
+    plain: Any,
+    few: int | None,
+    timed: bool = True,
+) -> Settled:
+    """The choices that make the whole network fastest, at each batch size.
+
+    Args:
+      model: what runs; its variables may be shapes.
+      found: {batch size: its products}; None is the size of the Model's inputs.
+      ranked: {family: (lowering, seconds) from the fastest on}.
+      network: the apply_fn with the lowerings of a table.
+      plain: the same function in plain operations.
+      few: a batch size of `found`, that many examples at a time may be computed.
+      timed: False: the choices of each site alone.
+    """
+    chosen = {family: order[0][0] for family, order in ranked.items()}
+    better, examples = [], None
+
+    def table(picked: Mapping[Any, str]) -> dict[str, Any]:
+        now, out = {**chosen, **picked}, {}
+        for entry in itertools.chain(*found.values()):
+            out.setdefault(entry.site, []).append([entry.size, now[entry.family]])
+        return out
+
+    for size in found if timed else ():
+        if few is not None and size == few:
+            continue
+        args = (_filled(model.variables), *_filled(_inputs(model, size)))
+        whole, part = _variants(found[size], ranked), {}
+        if few:
+            part = _variants(found[few], ranked)
+            fns = {
+                k: _microbatch.split(network(table(v)), few, plain)
+                for k, v in part.items()
+            }
+            first = network(table({}))
+            times = _times({"whole": first, **fns}, args)
+            best = min(part, key=lambda k: times[k])
+            if times[best] < _ROOM * times["whole"]:
+                examples, whole = few, {best: part[best]}
+            else:
+                part = {}
+        if len(whole) > 1:
+            fns = {k: network(table(v)) for k, v in whole.items()}
+            best = _fastest(fns, args)
+        else:
+            (best,) = whole
+        chosen.update((part or whole)[best])
+        better += [] if best == _whole.FIRST else [f"as a whole: {best}"]
+    return Settled(table({}), examples, tuple(better))
+
+
+def _variants(entries: Sequence[Entry], ranked: Mapping[Any, _whole.Ranked]) -> Any:
     count: dict[Any, int] = {}
-    for site in found[size]:
-        family = _family(site)
-        count[family] = count.get(family, 0) + 1
-    tries = _whole.variants({f: ranked[f] for f in count}, count)
-    first, *others = tries
-    if not others:
-        return tries[first], ""
-    tables = {k: _table(found, {**chosen, **v}) for k, v in tries.items()}
-    args = (_filled(model.variables), *_filled(_inputs(model, size)))
-    label = _fastest({k: network(table) for k, table in tables.items()}, args)
-    return tries[label], "" if label == first else f"as a whole: {label}"
+    for entry in entries:
+        count[entry.family] = count.get(entry.family, 0) + 1
+    return _whole.variants({f: ranked[f] for f in count}, count)
 
 
 def _filled(tree: Any) -> Any:
@@ -177,25 +249,16 @@ def _filled(tree: Any) -> Any:
     )
 
 
-def in_parts(model: Model, sizes: Sequence[int | None]) -> bool:
-    """Is computing a few examples at a time worth a try?"""
+def parts(plain: Any, model: Model, sizes: Sequence[int | None]) -> int | None:
+    """How many examples at a time are worth a try; None: all."""
     if jax.device_count() > 1 or len(sizes) > 1:
-        return False
-    specs = jax.tree.leaves(_inputs(model, sizes[0]))
-    batch = {s.shape[0] for s in specs if s.ndim}
-    return len(batch) == 1 and min(batch) >= 2 * _microbatch.EXAMPLES
-
-
-def pick_microbatch(
-    fast: Any, plain: Any, variables: Any, model: Model, sizes: Sequence[int | None]
-) -> int | None:
-    """How many examples at a time are fastest for the whole network; None: all."""
-    args = _filled(_inputs(model, sizes[0]))
-    if _microbatch.mixes(tracing.trace(plain, variables, args)):
         return None
-    few = _microbatch.split(fast, _microbatch.EXAMPLES, plain)
-    picked = _fastest({"whole": fast, "few": few}, (_filled(variables), *args))
-    return _microbatch.EXAMPLES if picked == "few" else None
+    inputs = _inputs(model, sizes[0])
+    batch = {s.shape[0] for s in jax.tree.leaves(inputs) if s.ndim}
+    if len(batch) != 1 or min(batch) < 2 * _microbatch.EXAMPLES:
+        return None
+    mixes = _microbatch.mixes(tracing.trace(plain, model.variables, inputs))
+    return None if mixes else _microbatch.EXAMPLES
 
 
 def microbatch_rows(transform: str, examples: Any) -> list[Row]:
@@ -270,22 +333,21 @@ def _call(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def pick_codes(
-    products: Sequence[Any], known: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The table of the fastest lowerings of integer products."""
-    table = {name: list(entries) for name, entries in (known or {}).items()}
-    cache: dict[Any, str] = {}
-    for p in products:
-        if p.site in (known or {}):
-            continue
-        names = code_candidates(p)
-        key = (_key(p.primitive, p.params, p.q, p.w), p.side, p.zero, names)
-        if key not in cache:
-            cache[key] = _pick_codes(p, names)
-        entry = [int(np.prod(p.q.shape)), cache[key]]
-        table.setdefault(p.site, []).append(entry)
-    return table
+def rank_codes(
+    found: Mapping[int | None, Sequence[Any]],
+) -> tuple[dict[int | None, list[Entry]], dict[Any, _whole.Ranked]]:
+    """(entries at each batch size, lowerings of their families) of integer products."""
+    entries: dict[int | None, list[Entry]] = {}
+    ranked: dict[Any, _whole.Ranked] = {}
+    for size, products in found.items():
+        entries[size] = []
+        for p in products:
+            names = code_candidates(p)
+            key = (_key(p.primitive, p.params, p.q, p.w), p.side, p.zero, names)
+            if key not in ranked:
+                ranked[key] = _rank_codes(p, names)
+            entries[size].append(Entry(p.site, int(np.prod(p.q.shape)), key, p))
+    return entries, ranked
 
 
 def code_candidates(p: Any) -> tuple[str, ...]:
@@ -295,7 +357,7 @@ def code_candidates(p: Any) -> tuple[str, ...]:
     )
 
 
-def _pick_codes(p: Any, names: Sequence[str]) -> str:
+def _rank_codes(p: Any, names: Sequence[str]) -> _whole.Ranked:
     def run(name: str, q: Any, w: Any, bias: Any, m: Any) -> Any:
         y, fill = _lowerings.code_product(
             name, p.primitive, p.params, p.side, q, p.zero, w
@@ -326,7 +388,8 @@ def _pick_codes(p: Any, names: Sequence[str]) -> str:
         jnp.ones(shape, jnp.int32),
         jnp.full(shape, 1e-3, jnp.float32),
     )
-    return _fastest({n: functools.partial(run, n) for n in names}, args)
+    times = _times({n: functools.partial(run, n) for n in names}, args)
+    return sorted(times.items(), key=lambda item: item[1])
 
 
 def _key(primitive: str, params: Mapping[str, Any], *specs: Any) -> Any:

@@ -21,6 +21,8 @@ _MOST = 3  # variants "without"
 _HOPELESS = 2.5  # XLA's own convolutions are not tried again if this much slower
 _LEAST = 5e-4  # seconds of all sites together; below that nothing can be gained
 
+FIRST = "each alone"
+
 Ranked = Sequence[tuple[str, float]]
 
 
@@ -41,7 +43,7 @@ def variants(
     all conv {'a': 'conv', 'b': 'conv'}
     """
     first = {family: order[0][0] for family, order in ranked.items()}
-    found = {"each alone": first}
+    found = {FIRST: first}
     spent = {family: order[0][1] * count[family] for family, order in ranked.items()}
     if sum(spent.values()) < _LEAST:
         return found
