@@ -184,7 +184,12 @@ def _plan(rewriter, model: Model, kind: str, sizes: Mapping[str, Any]):
             rows.append(Row(NAME, site.name, kind, "left", branches))
             continue
         text = " + ".join(branch[-1].name for branch in branches)
-        rows.append(Row(NAME, site.name, kind, text))
+        masked = any(
+            name.split("_")[0] == "masks" and site.leaf in trees.flat(masks)
+            for name, masks in model.variables.items()
+        )
+        reason = "the mask of its kernel does not reach the new branches"
+        rows.append(Row(NAME, site.name, kind, text, reason if masked else ""))
         found.append(site)
     if not found:
         reasons = "; ".join(f"{r.path}: {r.reason}" for r in rows[:4])

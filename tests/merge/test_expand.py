@@ -416,6 +416,15 @@ def test_quantizers_and_channels_see_the_branches():
     assert np.abs(full - was).max() > 0.1
 
 
+def test_a_mask_that_the_branches_escape_is_reported():
+    model = cj.prune.weights(0.5, where="square/kernel")(network())
+    rows = {r.path: r.reason for r in cj.merge.expand("acb")(model).report}
+    assert "does not reach the new branches" in rows["params/square/kernel"]
+    assert [p for p, reason in rows.items() if "mask" in reason] == [
+        "params/square/kernel"
+    ]
+
+
 @pytest.mark.parametrize(
     "options, where, error, text",
     [
