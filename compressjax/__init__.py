@@ -1,5 +1,6 @@
 """compressjax makes any JAX network smaller and faster, as pure functions."""
 
+from compressjax import binary as binary
 from compressjax import costs as costs
 from compressjax import deploy as deploy
 from compressjax import layers as layers

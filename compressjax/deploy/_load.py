@@ -35,12 +35,17 @@ def _compactors(step: Step) -> Transform:
     return importlib.import_module(f"compressjax.prune._{name}").replay(step)
 
 
+def _binarize(step: Step) -> Transform:
+    return importlib.import_module("compressjax.binary._binarize").replay(step)
+
+
 def _prune_weights(step: Step) -> Transform:
     return importlib.import_module("compressjax.prune._weights").replay(step)
 
 
 # Name of a Step -> its transform, from its settings.
 REPLAY: dict[str, Callable[[Step], Transform]] = {
+    "binary.binarize": _binarize,
     "merge.expand": _expand.replay,
     "merge.fuse": lambda step: merge.fuse(**step.settings),
     "prune.cluster": lambda step: lambda model: model.then(step),

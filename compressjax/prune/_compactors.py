@@ -24,8 +24,9 @@ from compressjax.core import errors, trees
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model, Row, Step, Transform, fresh_name
 from compressjax.merge import _program
+from compressjax.merge._places import Place, locate
 from compressjax.prune._groups import ChannelGroup, groups, matching
-from compressjax.prune._places import Place, Places, locate
+from compressjax.prune._places import Places
 from compressjax.prune._widths import Polynomial, polynomial
 
 NAME = "prune.compactors"

@@ -30,6 +30,7 @@ widest alpha.
 """
 
 import functools
+import json
 from typing import Any
 
 import jax
@@ -150,6 +151,17 @@ def binary(
             t=t,
         ),
     )
+
+
+def signs(quantizer: _quantizer.Quantizer | None) -> bool:
+    """True if what it quantizes becomes -1 and +1, and nothing else.
+
+    >>> signs(binary("bireal", None)), signs(cj.quantize.dorefa(1, signed=False))
+    (True, False)
+    """
+    text = "" if quantizer is None else quantizer.settings
+    settings = json.loads(text) if text else {}
+    return settings.get("name") == "binary" and settings["scale"] is None
 
 
 def _others(ndim: int, scale: tuple[int, ...]) -> tuple[int, ...]:

@@ -5,8 +5,9 @@ At every chosen site, op(x, w) becomes
     op(Q_x(x), Q_w(w))
 
 so that an input is quantized where it is read: after the nonlinearity that made it,
-and before the zero padding of a convolution (0 is on the grid). A product of two
-activations has both operands quantized by the input quantizer.
+and before the zero padding of a convolution (0 is on the grid; not on that of signs,
+see `padding`). A product of two activations has both operands quantized by the input
+quantizer.
 
 The states lie in the collections "quantize" (trained steps) and "quantize_state" (what
 is observed), a second insertion in "quantize_1" and "quantize_state_1", as
@@ -41,6 +42,7 @@ def insert(
     where: str = "**",
     overrides: Mapping[str, Override] | None = None,
     batches: Iterable[Any] | None = None,
+    padding: int = 0,
 ) -> Transform:
     """A transform that quantizes the weights, and the inputs, of the chosen sites.
 
@@ -57,6 +59,8 @@ def insert(
         The last glob that matches counts.
       batches: a re-iterable of input tuples to calibrate with at once; where no
         quantizer waits for data they are not read, and the report says so.
+      padding: what convolutions of signs (`binary` inputs) have at their borders: 1 or
+        -1, a code, or 0, which is none.
 
     Returns:
       Model -> Model with `bits` filled, and a row of the report for each site.
@@ -73,6 +77,8 @@ def insert(
     >>> q(jnp.ones((1, 2))).tolist(), q.bits["params/w"]
     ([[1.2699999809265137]], (2, 32))
     """
+    if isinstance(padding, bool) or padding not in (-1, 0, 1):
+        raise ValueError(f"padding={padding!r}: give 1, -1 or 0.")
     chosen_overrides = dict(overrides or {})
     for glob, value in chosen_overrides.items():
         _plan.check_override(glob, value)
@@ -83,7 +89,7 @@ def insert(
         names = _states.fresh_names(model.variables)
         initial = _states.initial(rewriter, plan, model)
         made = _inserted.Inserted(
-            rewriter, plan, _states.stateless(initial), *names, model.bits
+            rewriter, plan, _states.stateless(initial), *names, model.bits, padding
         )
         apply_fn = _inserted.apply_of(made)
         trained, observed = _states.split(plan, initial)
@@ -98,6 +104,7 @@ def insert(
                 [glob, None if v is None else {k: _text(q) for k, q in v.items()}]
                 for glob, v in chosen_overrides.items()
             ],
+            padding=padding,
         )
         bits = {
             name: tuple(32 if q is None else q.bits for q in pair)
@@ -153,4 +160,5 @@ def replay(step: Step) -> Transform:
         quantizer(s["inputs"]),
         where=s["where"],
         overrides=overrides,
+        padding=s.get("padding", 0),
     )

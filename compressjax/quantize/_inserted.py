@@ -15,7 +15,7 @@ from flax.core import scope as flax_scope
 
 from compressjax.core import errors, rewrite
 from compressjax.core.model import Model
-from compressjax.quantize import _calibrate, _states
+from compressjax.quantize import _binary, _calibrate, _padding, _states
 from compressjax.quantize._calibrate import OBSERVED
 from compressjax.quantize._plan import Pair
 from compressjax.quantize._quantizer import WATCH
@@ -34,6 +34,7 @@ class Inserted:
       trained: name of the collection of trained states.
       observed: name of the collection of observed states.
       bits: of the Model before.
+      padding: what stands at the borders of convolutions of signs.
     """
 
     rewriter: rewrite.Rewriter
@@ -42,6 +43,7 @@ class Inserted:
     trained: str
     observed: str
     bits: Mapping[str, tuple[int, int]]
+    padding: int = 0
 
     @property
     def schedule(self) -> str:
@@ -124,7 +126,7 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
         counting = mutable is not False and flax_scope.in_filter(mutable, made.schedule)
         counting = counting and bool(counter)
         delayed = bool(inputs_after) and counting
-        inner_mutable = _without(_without(mutable, observed), made.schedule)
+        inner_mutable = without(without(mutable, observed), made.schedule)
         if inner_mutable is False:  # a plain function may not know the keyword
             kwargs.pop("mutable", None)
         else:
@@ -180,6 +182,8 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
                         values[role] = _select(at < inputs_after, value, values[role])
             if new and site.name in recurrent:
                 new = {**(state or {}), **new}
+            if made.padding and not waiting and _binary.signs(plan[site.name][1]):
+                op = _padding.padded(site, op, made.padding)
             return op(values["inputs"], values["weights"]), new or None
 
         carried = completed(states, waiting)
@@ -200,7 +204,7 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
     return apply_fn
 
 
-def _without(mutable: Any, name: str) -> Any:
+def without(mutable: Any, name: str) -> Any:
     """The filter `mutable` for the inner function: its own collections alone."""
     if mutable == name:
         return False

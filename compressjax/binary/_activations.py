@@ -1,0 +1,197 @@
+"""The ReLUs in front of binary products, and what takes their place.
+
+Behind a ReLU every sign is +1, and the product reads nothing. So the ReLUs whose result
+reaches the input of a binary product, through sums, gains, pooling and moves alone (a
+batch norm in between centres it again), become one of
+
+    identity    x                                     Bi-Real: the sign is nonlinear
+    hardtanh    clip(x, -1, 1)                                               IR-Net
+    prelu       PReLU_c(x + b_c) + d_c,  b = d = 0, slope_c = 1/4          ReActNet
+
+for everything that reads them, the shortcut too.
+
+Papers: Liu et al., Bi-Real Net, ECCV 2018, arXiv 1808.00278; Qin et al., IR-Net, CVPR
+2020, arXiv 1909.10788; Liu et al., ReActNet, ECCV 2020, arXiv 2003.03488.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from compressjax.binary import _frame
+from compressjax.core import trace as tracing
+from compressjax.merge import _program, _segments
+
+KINDS = ("keep", "identity", "hardtanh", "prelu")
+SLOPE = 0.25
+
+# What lets the sign of a ReLU's result through, by the operands that carry it.
+_SAME_AXES = frozenset(
+    """add add_any mul div max min copy copy_p convert_element_type pvary select_n
+    concatenate pad slice rev reduce_window_max reduce_window_sum reduce_window
+    stop_gradient optimization_barrier dynamic_slice
+    sharding_constraint""".split()
+)
+_MOVES = ("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim")
+_REDUCTIONS = ("reduce_max", "reduce_sum")
+
+
+class Relu(NamedTuple):
+    """A ReLU of one trace.
+
+    Attributes:
+      index: which equation.
+      key: of its parameters: the first site it feeds, and "activation", or
+        "activation_2" if that site has met another one before.
+      feeds: the binary sites it reaches.
+      axis: where its channels lie; None if a reshape mixes them with other axes.
+    """
+
+    index: int
+    key: tuple[str, str]
+    feeds: tuple[str, ...]
+    axis: int | None
+
+
+def in_front(program: _program.Program, sites: Iterable[str]) -> tuple[Relu, ...]:
+    """The ReLUs in front of these sites, in the order of the program of the sites."""
+    wanted = set(sites)
+    found: dict[int, tuple[tuple[str, str], int | None]] = {}
+    feeds: dict[int, list[str]] = {}
+    for key, site in program.found.by_key.items():
+        if site.name not in wanted or len(key) != 1:
+            continue
+        operand = program.eqns[key[0]].invars[1 - site.weight_side]
+        met = _behind(program, operand, _frame.input_axes(site)[0])
+        number = 0
+        for index in sorted(met):
+            feeds.setdefault(index, []).append(site.name)
+            if index not in found:
+                number += 1
+                role = "activation" + (f"_{number}" if number > 1 else "")
+                found[index] = (site.name, role), met[index]
+    return tuple(
+        Relu(i, name, tuple(feeds[i]), axis) for i, (name, axis) in found.items()
+    )
+
+
+def others(program: _program.Program, taken: Iterable[Relu]) -> list[int]:
+    """The equations that are ReLUs too."""
+    indices = {r.index for r in taken}
+    return [
+        i
+        for i in sorted(program.live)
+        if i not in indices and _is_relu(program, program.eqns[i])
+    ]
+
+
+def _behind(program: _program.Program, atom: Any, axis: int) -> dict[int, int | None]:
+    """{ReLU behind a value: the axis of its channels}."""
+    found: dict[int, int | None] = {}
+    seen: set[Any] = set()
+    waiting: list[tuple[Any, int | None]] = [(atom, axis)]
+    while waiting:
+        value, at = waiting.pop()
+        if not isinstance(value, tracing.Var) or value in seen:
+            continue
+        seen.add(value)
+        if program.is_known(value) or value not in program.producer:
+            continue
+        index = program.producer[value]
+        eqn = program.eqns[index]
+        if _is_relu(program, eqn):
+            if not _in_hard_sigmoid(program, eqn):
+                found[index] = at
+            continue
+        name = eqn.primitive.name
+        if name in ("add", "add_any") and any(map(program.is_known, eqn.invars)):
+            continue  # a bias: what a norm ends in, or a threshold
+        if name in _SAME_AXES or name in _MOVES or name in _REDUCTIONS:
+            waiting += [(a, _before(eqn, a, at)) for a in eqn.invars]
+    return found
+
+
+def _before(eqn: tracing.Equation, atom: Any, axis: int | None) -> int | None:
+    """Where the channels of a result lie in an operand."""
+    name, rank = eqn.primitive.name, len(getattr(atom.aval, "shape", ()))
+    if axis is None:
+        return None
+    if name in _MOVES:
+        for k in range(rank):
+            if _segments._moved_axes(eqn, (k,)) == (axis,):
+                return k
+        return None
+    if name in _REDUCTIONS:
+        return [k for k in range(rank) if k not in eqn.params["axes"]][axis]
+    if name == "concatenate" and axis == eqn.params["dimension"]:
+        return axis  # the operand has channels of its own there
+    return axis if axis < rank else None
+
+
+def _is_relu(program: _program.Program, eqn: tracing.Equation) -> bool:
+    if eqn.primitive.name == "max":
+        zero = [_segments._is_zero(program, a) for a in eqn.invars]
+        data = [not program.is_known(a) for a in eqn.invars]
+        return any(zero) and any(data)
+    custom = eqn.primitive.name.startswith("custom_")
+    return custom and _segments.describe(eqn) in ("relu", "relu6")
+
+
+def _in_hard_sigmoid(program: _program.Program, eqn: tracing.Equation) -> bool:
+    """relu6(x + 3) / 6, alone or in hard_swish: a gate, which is no ReLU."""
+    atom = next(a for a in eqn.invars if not program.is_known(a))
+    made = program.producer.get(atom)
+    if made is None or program.eqns[made].primitive.name != "add":
+        return False
+    return any(
+        isinstance(a, tracing.Literal) and jnp.ndim(a.val) == 0 and float(a.val) == 3
+        for a in program.eqns[made].invars
+    )
+
+
+def loop_has_relu(program: _program.Program, key: tuple[int, ...]) -> bool:
+    """True if a ReLU stands anywhere in the equation around a site."""
+
+    def visit(eqn: tracing.Equation) -> bool:
+        if eqn.primitive.name == "max":
+            return any(
+                isinstance(a, tracing.Literal)
+                and jnp.ndim(a.val) == 0
+                and float(a.val) == 0
+                for a in eqn.invars
+            )
+        return any(visit(e) for body in tracing.bodies(eqn) for e in body.eqns)
+
+    return visit(program.eqns[key[0]])
+
+
+def initial(kind: str, value: Any, axis: int | None) -> dict[str, jax.Array]:
+    """The parameters of what takes the place of a ReLU."""
+    if kind != "prelu":
+        return {}
+    shape = () if axis is None else (value.aval.shape[axis],)
+    zero = jnp.zeros(shape, jnp.float32)
+    return {"before": zero, "slope": jnp.full(shape, SLOPE), "after": zero}
+
+
+def apply(
+    kind: str, params: Mapping[str, jax.Array], x: jax.Array, axis: int | None
+) -> jax.Array:
+    """What takes the place of relu(x).
+
+    >>> p = {"before": jnp.zeros(1), "slope": jnp.full(1, 0.25), "after": jnp.ones(1)}
+    >>> apply("prelu", p, jnp.array([[-4.0], [2.0]]), 1)[:, 0].tolist()
+    [0.0, 3.0]
+    """
+    if kind == "identity":
+        return x
+    if kind == "hardtanh":
+        return jnp.clip(x, -1, 1)
+    b, slope, d = (
+        _frame.per_channel(params[k], x, axis if axis is not None else -1)
+        for k in ("before", "slope", "after")
+    )
+    z = x + b
+    return jnp.where(z >= 0, z, slope * z) + d

@@ -1,0 +1,376 @@
+"""Binary networks: products of signs, in any network, with what they need around them.
+
+    y = BN(conv(pad(sgn(x + a)), alpha sgn(w)) [* K]) + link(x)
+
+    sgn(x) = +1 if x >= 0, else -1;  its gradient is one of `quantize.binary`
+    a       RSign's shift, learned, one for each channel                       (shift)
+    alpha   mean|w| of each output channel
+    pad     borders of +1, which is a code; 0 is none                        (padding)
+    K       the mean of |x + a| in each window, XNOR-Net's      (activation_scale)
+    link    the real x, before the sign, behind the batch norm                  (link)
+
+The ReLUs in front of signs give way (see `_activations`). Everything learned lies in
+the collection "binarize" as {site: {"link", "shift", "activation"}}, what only moves in
+"binarize_state", changed through `mutable` like batch statistics; a second application
+has "binarize_1". The quantizers are those of `quantize.insert`, and its functions
+(calibrate, schedule, set_progress, remove) work on the result.
+
+Papers: Rastegari et al., XNOR-Net, arXiv 1603.05279; Liu et al., Bi-Real Net, arXiv
+1808.00278; Liu et al., ReActNet, arXiv 2003.03488; Hu et al., Elastic-Link, arXiv
+2112.10149; Ye et al., arXiv 2007.05223.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from compressjax.binary import (
+    _activations,
+    _elastic_link,
+    _frame,
+    _identity,
+    _overhead,
+    _squeeze_interact,
+    _structure,
+)
+from compressjax.binary._link import Link
+from compressjax.binary._structure import NAME, Plan
+from compressjax.core import errors, rewrite, trees
+from compressjax.core import trace as tracing
+from compressjax.core.model import Model, Row, Step, Transform
+from compressjax.core.sites import Site
+from compressjax.merge import _places, _program
+from compressjax.quantize import _binary, _golden, _insert, _plan
+from compressjax.quantize._quantizer import Quantizer
+
+# Name in the settings of a link -> what makes it again.
+LINKS: dict[str, Callable[..., Link]] = {
+    "identity": _identity.identity,
+    "elastic_link": _elastic_link.elastic_link,
+    "squeeze_interact": _squeeze_interact.again,
+}
+
+
+def binarize(
+    where: str = "**",
+    weights: Quantizer | str | None = None,
+    inputs: Quantizer | str | None = None,
+    link: Link | str | None = None,
+    gradient: str = "bireal",
+    *,
+    ends: int | None = 32,
+    shift: bool = False,
+    activation: str | None = None,
+    activation_scale: bool = False,
+    padding: int = 1,
+    overrides: Mapping[str, _plan.Override] | None = None,
+    batches: Iterable[Any] | None = None,
+) -> Transform:
+    """A transform that makes the chosen convolutions and dense layers binary.
+
+    Args:
+      where: a glob over site names. Products of two activations stay as they are.
+      weights: quantizer of weights; default `quantize.binary(1, "clipped", "mean")`;
+        "real" leaves them, as in the first of two steps of training.
+      inputs: quantizer of inputs; default `quantize.binary(1, gradient, None)`; "real"
+        leaves them. Any quantizer may stand here, `lsq(2)` with `batches` too.
+      link: None, "identity" (Bi-Real), or what `elastic_link` or `squeeze_interact`
+        returned. A site that it does not fit has none, and the report says so.
+      gradient: of the signs of inputs, one of those of `quantize.binary`.
+      ends: bits of the first and the last layer of the network, 32: real. None: they
+        are as the others. Below 32 they wait for `batches`.
+      shift: learn what is added to each channel before its sign (ReActNet's RSign).
+      activation: in the place of ReLUs in front of the chosen sites: "identity",
+        "hardtanh", "prelu" (ReActNet's RPReLU), or "keep". None: "identity" in front
+        of signs, which are all +1 behind a ReLU, and "keep" elsewhere.
+      activation_scale: multiply each output by the mean |x| of its window.
+      padding: what convolutions of signs have at their borders, 1 or -1; 0 is the
+        network's zeros, a third value.
+      overrides: as in `quantize.insert`: {glob: None} leaves a site real.
+      batches: a re-iterable of input tuples for quantizers that wait for data.
+
+    Returns:
+      Model -> Model with a row of the report for each site and each ReLU. Calls inside
+      the network (jit, remat) are inlined where anything but quantizers is put in.
+
+    Raises:
+      NoMatchError: if `where` or an override matches no site.
+      RefusedError: if no site is left, or `squeeze_interact` cannot keep its bound.
+      UnsupportedError: for a link, a shift, an activation or a scale at a site in a
+        loop (a scan over layers); quantizers alone go there.
+      ValueError: for an unknown word.
+
+    >>> m = cj.from_function(lambda p, x: x @ p["w"], {"w": jnp.array([[0.5], [-1.5]])},
+    ...                      jnp.ones((1, 2)))
+    >>> b = cj.binary.binarize(ends=None)(m)
+    >>> b(jnp.array([[3.0, -0.1], [0.0, 2.0]])).tolist(), b.bits["params/w"]
+    ([[2.0], [0.0]], (1, 1))
+    """
+    quantizers = _quantizers(weights, inputs, gradient)
+    chosen_link = _link(link)
+    if activation is not None and activation not in _activations.KINDS:
+        raise ValueError(
+            f"activation={activation!r}: give one of {_activations.KINDS}."
+        )
+    end_pair = None if ends is None else _end_pair(ends)
+    user = dict(overrides or {})
+    for glob, value in user.items():
+        _plan.check_override(glob, value)
+
+    def transform(model: Model) -> Model:
+        rewriter = rewrite.Rewriter(model, where)
+        given = _exceptions(rewriter, ends, end_pair, user)
+        every = {**{name: value for name, (value, _) in given.items()}, **user}
+        sites, rows = _plan.choose(rewriter, *quantizers, where, every)
+        rows = [_row(r, given) for r in rows]
+        kind = activation or "identity"
+        signed = [n for n, (_, q_x) in sites.items() if _binary.signs(q_x)]
+        asked: dict[str, Any] = {
+            "sites": sorted(sites),
+            "shifts": [n for n, (_, q_x) in sites.items() if shift and q_x is not None],
+            "scaled": signed if activation_scale else [],
+            "activated": signed if activation is None else sorted(sites),
+            "activation": kind,
+            "strict": activation is not None,
+            "link": None if chosen_link is None else chosen_link.settings,
+        }
+        if kind == "keep":
+            asked["activated"] = []
+        out, more = _around(model, asked, chosen_link)
+        extra = rewrite.Rewriter(out, where).names - rewriter.names  # of the links
+        every |= {name: None for name in sorted(extra)}
+        before = len(out.report)
+        out = _insert.insert(
+            *quantizers, where=where, overrides=every, batches=batches, padding=padding
+        )(out)
+        kept = [r for r in out.report[before:] if r.transform != "quantize.insert"]
+        report = (*out.report[:before], *rows, *more, *kept)
+        return out.replace(report=report)
+
+    return transform
+
+
+def _quantizers(
+    weights: Any, inputs: Any, gradient: str
+) -> tuple[Quantizer | None, Quantizer | None]:
+    signs = _binary.binary(1, gradient, None)  # a bad gradient is refused at once
+    found = []
+    for name, q, default in (
+        ("weights", weights, _binary.binary(1, "clipped", "mean")),
+        ("inputs", inputs, signs),
+    ):
+        if (
+            isinstance(q, str)
+            and q != "real"
+            or not isinstance(q, str | Quantizer | None)
+        ):
+            raise ValueError(f'{name}={q!r}: give a quantizer, "real" or None.')
+        found.append(default if q is None else None if isinstance(q, str) else q)
+    if found == [None, None]:
+        raise ValueError('weights="real" and inputs="real": nothing is left to do.')
+    return found[0], found[1]
+
+
+def _link(link: Any) -> Link | None:
+    if link is None or isinstance(link, Link):
+        return link
+    if isinstance(link, str) and link == "identity":
+        return _identity.identity()
+    raise ValueError(
+        f'link={link!r}: give None, "identity", cj.binary.elastic_link(...) or '
+        "cj.binary.squeeze_interact(...)."
+    )
+
+
+def _end_pair(ends: Any) -> _plan.Override:
+    """The quantizers of the first and the last layer; None is real."""
+    if isinstance(ends, bool) or not isinstance(ends, int) or not 2 <= ends <= 32:
+        raise ValueError(f"ends={ends!r}: give a number of bits from 2 to 32, or None.")
+    if ends == 32:
+        return None
+    return dict(zip(("weights", "inputs"), _golden.quantizers(ends), strict=True))
+
+
+def _exceptions(
+    rewriter: rewrite.Rewriter, ends: int | None, pair: _plan.Override, user: Any
+) -> dict[str, tuple[_plan.Override, str]]:
+    """{site: (its override, why)}: the ends of the network, and products."""
+    layers = [s.name for s in rewriter.found.sites if s.leaf is not None]
+    found: dict[str, tuple[_plan.Override, str]] = {}
+    if ends is not None:
+        for name in layers[-1:]:
+            found[name] = pair, f"the last layer; ends={ends}"
+        for name in layers[:1]:
+            found[name] = pair, f"the first layer; ends={ends}"
+    for site in rewriter.found.sites:
+        if site.leaf is None:
+            found[site.name] = None, "a product of activations"
+    return {
+        name: value
+        for name, value in found.items()
+        if name in rewriter.names and not any(trees.matches(g, name) for g in user)
+    }
+
+
+def _row(row: Row, given: Mapping[str, tuple[Any, str]]) -> Row:
+    reason = given[row.path][1] if row.path in given else row.reason
+    return Row(NAME, row.path, row.requested, row.achieved, reason)
+
+
+def _around(
+    model: Model, asked: Mapping[str, Any], link: Link | None
+) -> tuple[Model, list[Row]]:
+    """The network with links, shifts, scales and activations; and rows on them."""
+    trace = tracing.trace_model(model)
+    program = _program.Program(trace, model.trainable)
+    sites = {s.name: (k, s) for k, s in program.found.by_key.items()}
+    trained, state = _fresh_names(model.variables)
+    asked = _reachable(program, asked, sites)
+    links, params, states, rows = {}, {}, {}, []
+    for k, name in enumerate(asked["sites"]):
+        if link is None:
+            break
+        key, site = sites[name]
+        frame = _frame.frame_of(site)
+        reason = frame if isinstance(frame, str) else link.unfit(frame)
+        place = _places.Place(
+            name, _places.anchor_of(program, key[0], site, model.trainable)
+        )
+        found = _places.locate(program, place)
+        reason = reason or (found if isinstance(found, str) else "")
+        rows.append(
+            Row(NAME, name, link.name, "no link" if reason else _at(place), reason)
+        )
+        if reason or isinstance(frame, str):
+            continue
+        links[name] = link, place
+        first, moving = link.init(frame, k)
+        if first:
+            params.setdefault(name, {})["link"] = first
+        if moving:
+            states[name] = {"link": moving}
+    if link is not None and not links:
+        raise errors.RefusedError(
+            f'the link "{link.name}" fits no chosen site: '
+            + "; ".join(f"{r.path}: {r.reason}" for r in rows[:3]),
+            path=rows[0].path,
+            operation=NAME,
+            remedy="Choose another link, or other sites.",
+        )
+    for name in asked["shifts"]:
+        site: Site = sites[name][1]
+        shape = tuple(site.x.shape[a] for a in _frame.input_axes(site))
+        params.setdefault(name, {})["shift"] = jnp.zeros(shape, jnp.float32)
+    relus = _activations.in_front(program, asked["activated"])
+    kind = asked["activation"]
+    for relu in relus:
+        value = program.eqns[relu.index].outvars[0]
+        first = _activations.initial(kind, value, relu.axis)
+        if first:
+            params.setdefault(relu.key[0], {})[relu.key[1]] = first
+        why = "" if relu.axis is not None or not first else "one slope: channels mixed"
+        path = f"relu in front of {', '.join(relu.feeds)}"
+        rows.append(Row(NAME, path, kind, kind, why))
+    for index in _activations.others(program, relus):
+        path = f"relu at {tracing.scope_of(program.eqns[index])}"
+        why = "it stands in front of no such site" if asked["activated"] else ""
+        rows.append(Row(NAME, path, kind if why else "keep", "keep", why))
+    plan = Plan(
+        links=links,
+        shifts=tuple(asked["shifts"]),
+        scaled=tuple(asked["scaled"]),
+        activation=kind,
+        activated=tuple(asked["activated"]),
+        relus=frozenset(r.key for r in relus),
+        needs=frozenset(
+            (collection, name, role)
+            for collection, tree in ((trained, params), (state, states))
+            for name, roles in tree.items()
+            for role in roles
+        ),
+        trained=trained,
+        state=state,
+    )
+    new = {trained: params} if params else {}
+    new |= {state: states} if states else {}
+    step = Step.of(NAME, **{k: v for k, v in asked.items()})
+    out = model.then(
+        step,
+        variables={**model.variables, **new},
+        trainable=(*model.trainable, *((trained,) if params else ())),
+        apply_fn=model.apply_fn
+        if plan.empty
+        else _structure.apply_of(model.apply_fn, model.trainable, plan),
+    )
+    if link is not None:
+        rows = _overhead.checked(model, out, link, links, trained, rows)
+    return out, rows
+
+
+def _at(place: _places.Place) -> str:
+    return f"behind {place.anchor}" if place.anchor else "behind the product"
+
+
+def _fresh_names(variables: Mapping[str, Any]) -> tuple[str, str]:
+    """(trained, moved) collection, numbered alike."""
+    suffix, k = "", 0
+    while f"binarize{suffix}" in variables or f"binarize_state{suffix}" in variables:
+        k += 1
+        suffix = f"_{k}"
+    return f"binarize{suffix}", f"binarize_state{suffix}"
+
+
+def _reachable(
+    program: _program.Program,
+    asked: Mapping[str, Any],
+    sites: Mapping[str, tuple[tuple[int, ...], Site]],
+) -> dict[str, Any]:
+    """`asked`, without what was not asked for by name at sites in loops.
+
+    Raises:
+      UnsupportedError: if anything but quantizers is asked for there, or the default
+        leaves signs behind a ReLU.
+    """
+    inside = {n for n, (key, s) in sites.items() if len(key) != 1 or s.inside}
+    wanted = {
+        "link": asked["sites"] if asked["link"] else [],
+        "shift": asked["shifts"],
+        "activation_scale": asked["scaled"],
+        "activation": asked["activated"],
+    }
+    for option, names in wanted.items():
+        for name in names:
+            if name not in inside:
+                continue
+            if option == "activation" and not asked["strict"]:
+                if not _activations.loop_has_relu(program, sites[name][0]):
+                    continue
+            raise errors.UnsupportedError(
+                f"the site is inside {sites[name][1].inside[0]}, where {option} cannot "
+                "follow.",
+                path=name,
+                operation=NAME,
+                remedy="There take link=None, shift=False, activation_scale=False and "
+                'activation="keep" (signs behind a ReLU are all +1), write the layers '
+                "out, or leave the site out with overrides={name: None}.",
+            )
+    left = [n for n in asked["activated"] if n not in inside]
+    return {**asked, "activated": left}
+
+
+def replay(step: Step) -> Transform:
+    """What a "binary.binarize" step put around the sites; the quantizers follow it."""
+    asked = step.settings
+    text = asked["link"]
+
+    def transform(model: Model) -> Model:
+        return _around(model, asked, None if text is None else _link_of(text))[0]
+
+    return transform
+
+
+def _link_of(text: str) -> Link:
+    settings = json.loads(text)
+    return LINKS[settings.pop("name")](**settings)
