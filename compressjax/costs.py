@@ -243,7 +243,7 @@ def _is_integer(dtype: Any) -> bool:
 
 
 def _is_packed(leaf: Any) -> bool:
-    return leaf.dtype == jnp.uint8 and len(leaf.shape) == 1
+    return leaf.dtype in (jnp.uint8, jnp.uint32) and len(leaf.shape) == 1
 
 
 def _width(dtype: Any) -> int:

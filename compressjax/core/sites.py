@@ -187,7 +187,8 @@ class _Finder:
         # The leaf that names a weight: trained before not trained, packed codes before
         # their scales, large before small.
         words = [
-            v.aval.dtype == np.uint8 for v in trace.jaxpr.jaxpr.invars[: len(sizes)]
+            v.aval.dtype in (np.uint8, np.uint32)
+            for v in trace.jaxpr.jaxpr.invars[: len(sizes)]
         ]
         self.rank = [
             (c in trainable, words[i], s, -i)

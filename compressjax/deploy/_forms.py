@@ -154,12 +154,17 @@ def _matmul(conv: Conv, a: Any, w: Any, dot: Dot) -> Any:
     return dot(a, w).transpose(1, 0, 2).reshape(*lead, o)
 
 
-def _im2col(conv: Conv, x: Any, w: Any, dot: Dot) -> Any:
-    taps = w.shape[:-2]
+def patches(conv: Conv, x: Any, taps: Sequence[int]) -> Any:
+    """(N, *out, taps * C): what every output pixel meets of x, which is padded."""
     out = _valid(conv, x.shape[1:-1], taps)
     cols = [_tap(conv, x, t, out) for t in np.ndindex(*taps)]
-    a = lax.concatenate(cols, x.ndim - 1) if len(cols) > 1 else cols[0]
-    return _matmul(conv, a, w.reshape(len(cols), *w.shape[-2:]), dot)
+    return lax.concatenate(cols, x.ndim - 1) if len(cols) > 1 else cols[0]
+
+
+def _im2col(conv: Conv, x: Any, w: Any, dot: Dot) -> Any:
+    taps = w.shape[:-2]
+    a = patches(conv, x, taps)
+    return _matmul(conv, a, w.reshape(-1, *w.shape[-2:]), dot)
 
 
 def _columns(conv: Conv, x: Any, w: Any) -> tuple[Any, Conv]:

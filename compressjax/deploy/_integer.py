@@ -216,6 +216,8 @@ def _stored_as(facts: Mapping[str, Any], site: str) -> str:
     'int4, packed'
     """
     bits = facts.get(f"{site}/bits")
+    if facts.get(f"{site}/signs"):
+        return "binary, packed"
     if bits is None or bits == 8:
         return "int8" if bits else ""
     odd = facts.get(f"{site}/odd", 0)

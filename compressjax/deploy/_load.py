@@ -36,7 +36,7 @@ def _compactors(step: Step) -> Transform:
 
 
 def _binarize(step: Step) -> Transform:
-    return importlib.import_module("compressjax.binary._binarize").replay(step)
+    return importlib.import_module("compressjax.binary._surroundings").replay(step)
 
 
 def _prune_weights(step: Step) -> Transform:

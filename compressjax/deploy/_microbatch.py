@@ -21,7 +21,7 @@ from compressjax.core import trace as tracing
 
 EXAMPLES = 16  # at a time, where `deploy` tries it
 
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     """abs acos add add_any and asin atan2 atan cbrt ceil clamp convert_element_type
     copy copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
     is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow rem round
@@ -164,7 +164,7 @@ def _step(eqn: tracing.Equation, axis: dict[Any, int], alike: dict[Any, Any]) ->
     name = eqn.primitive.name
     if eqn.effects or tracing.bodies(eqn) or len(eqn.outvars) != 1 and name != "split":
         raise Mixed
-    if name in _ELEMENTWISE:
+    if name in ELEMENTWISE:
         new = _together(eqn, axis, alike)
     elif len(carriers) == 1 and name in _RULES:
         k, var = carriers[0]
@@ -194,7 +194,7 @@ def _constant(eqn: tracing.Equation, alike: dict[Any, Any]) -> None:
         kept = {d for d, n in zip(dims, shape, strict=True) if n != 1}
         kept -= {dims[a] for a in alike.get(source, ())} if dims else set()
         alike[out] = frozenset(range(out.aval.ndim)) - kept
-    elif name in _ELEMENTWISE:
+    elif name in ELEMENTWISE:
         ndim = out.aval.ndim
         full = [a for a in eqn.invars if getattr(a.aval, "ndim", 0) == ndim]
         sets = [

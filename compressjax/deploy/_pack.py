@@ -112,6 +112,9 @@ class Pack(Walk):
         value = Leaves(leaf).of(known)
         return jnp.broadcast_to(jnp.asarray(value, known.dtype), known.shape)
 
+    def spread(self, known):
+        return self.traced(known)
+
     def concrete(self, known):
         with jax.ensure_compile_time_eval():
             return np.asarray(self.numbers.of(known))
@@ -153,11 +156,29 @@ class Pack(Walk):
             fact = {"float": f"the zero point {z:g} is outside of {a:g}..{b:g}"}
         else:
             fact = {"lo": int(a), "hi": int(b), "zero": int(z), "scale": s}
+            if (a, b, z) == (-1, 1, 0) and self.gives_signs(name, s):
+                fact["signs"] = True
         self.found_markers[name] = fact
         return fact
 
+    def gives_signs(self, name: str, scale: float) -> bool:
+        """Does the marker read a sign, and do its codes become -1 and +1?"""
+        at = next(i for i, other in self.program.markers.items() if other == name)
+        if at not in self.program.signs:
+            return False
+        sign = self.program.signs[at]
+        atoms = sign.values if sign.factor is None else (*sign.values, sign.factor)
+        known = [self.read(a) for a in atoms]
+        if not all(isinstance(k, Known) for k in known):
+            return False
+        no, yes, *factor = (self.concrete(k).astype(np.float32) for k in known)
+        by = (factor[0] if factor else np.float32(1)) * (1 / np.float32(scale))
+        return bool((np.rint(no * by) == -1).all() and (np.rint(yes * by) == 1).all())
+
     def alias(self, i, eqn, name):
         source = eqn.invars[0]
+        if i in self.program.signs and self.found_markers[name].get("signs"):
+            source = self.program.signs[i].source
         if self.fixed_plan:
             other = self._given["alias"].get(name)
         else:

@@ -14,7 +14,7 @@ from jax import lax
 from compressjax.core import packing
 from compressjax.core import sites as finding
 from compressjax.core import trace as tracing
-from compressjax.deploy import _lowerings, _rules
+from compressjax.deploy import _lowerings, _rules, _xnor
 from compressjax.deploy._values import (
     CONSTANTS,
     WEIGHTS,
@@ -37,6 +37,7 @@ class Product:
     zero: int
     w: jax.ShapeDtypeStruct
     bound: int
+    signs: finding.Site | None = dataclasses.field(default=None, compare=False)
 
 
 # Sums above this leave no room for the bias in 32 bits.
@@ -78,6 +79,12 @@ class Products(_rules.Rules):
             return self.float_site(eqn, site, ins, packed)
         if site.leaf is None:
             return self.activations(eqn, site, *ins)
+        if x.signs and self.decide(
+            f"{site.name}/signs",
+            lambda: packed["bits"] == 1 and packed["odd"] == -1 and _xnor.fits(site),
+        ):
+            return self.signs_product(eqn, site, x, w, packed)
+        x = self.in_memory(x)
         codes = self.weight_codes(site, w, packed)
         # 0: no zero point; 1: it is taken from the codes; 2: that would not fit a byte.
         shift = self.decide(f"{site.name}/zero", lambda: packed["shift"])
@@ -161,6 +168,16 @@ class Products(_rules.Rules):
             scale=place(packed["scale"]) * np.float64(x.scale) / 2**fine,
             acc_bound=place(packed["size"]) * float(size) * 2**fine,
         )
+
+    def in_memory(self, x: Codes) -> Codes:
+        """The codes as bytes: several taps read each."""
+        raise NotImplementedError
+
+    def signs_product(
+        self, eqn: tracing.Equation, site: finding.Site, x: Codes, w: Any, packed: Any
+    ) -> Sums:
+        """A product of signs with signs."""
+        raise NotImplementedError
 
     def weight(self, site: finding.Site, w: Any) -> dict[str, Any]:
         """While packing: codes, their sums, scales, or why not. Empty when running."""

@@ -9,6 +9,7 @@ import jax
 from compressjax.core import sites as finding
 from compressjax.core import straight_through
 from compressjax.core import trace as tracing
+from compressjax.deploy import _thresholds
 
 # Equations that only move entries.
 LAYOUT = frozenset(
@@ -33,6 +34,8 @@ class Program:
     names: tuple[str, ...]  # of all sites, those inside loops too
     markers: dict[int, str]  # equation index of an activation's marker -> name
     readers: dict[Any, list[int]]  # variable -> indices of equations
+    signs: dict[int, _thresholds.Sign]  # marker's equation -> the sign that it reads
+    inner: dict[int, frozenset[int]]  # equations that only this marker needs
 
     @classmethod
     def of(cls, trace: tracing.Trace, trainable: Sequence[str]) -> "Program":
@@ -50,13 +53,18 @@ class Program:
             if not isinstance(v, tracing.Literal):
                 readers.setdefault(v, []).append(-1)
 
+        signs, inner = cls._signs(trace, jaxpr, made, sites, readers)
         names: dict[int, str] = {}
         for i, site in sites.items():
             sides = (0, 1) if site.leaf is None else (1 - site.weight_side,)
             for side in sides:
                 at = made.get(eqns[i].invars[side])
-                while at is not None and eqns[at].primitive.name in LAYOUT:
+                padded = False
+                while at is not None and eqns[at].primitive.name in (*LAYOUT, "pad"):
+                    padded = padded or eqns[at].primitive.name == "pad"
                     at = made.get(eqns[at].invars[0])
+                if padded and at not in signs:
+                    continue
                 if at is not None and is_marker(eqns[at]):
                     suffix = "" if len(sides) == 1 else ("/left", "/right")[side]
                     names.setdefault(at, site.name + suffix)
@@ -65,7 +73,34 @@ class Program:
             if is_marker(e):
                 names.setdefault(i, f"marker{order}")
                 order += 1
-        return cls(jaxpr, sites, found.names, names, readers)
+        return cls(jaxpr, sites, found.names, names, readers, signs, inner)
+
+    @staticmethod
+    def _signs(trace, jaxpr, made, sites, readers) -> tuple[Any, Any]:
+        eqns = jaxpr.jaxpr.eqns
+        data = set(jaxpr.jaxpr.invars[trace.n_variables :])
+        data |= {
+            v
+            for v, c in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)
+            if tracing.is_tracer(c)
+        }
+        for e in eqns:
+            if any(not isinstance(v, tracing.Literal) and v in data for v in e.invars):
+                data.update(e.outvars)
+        signs, inner = {}, {}
+        for i, e in enumerate(eqns):
+            if not is_marker(e) or e.invars[0] not in data:
+                continue
+            sign, through = _thresholds.find(eqns, made, data, i, sites)
+            if sign is None:
+                continue
+            # From the marker backwards: what only the sign reads is not computed.
+            only = {i}
+            for k in sorted((*through, *sign.steps), reverse=True):
+                if all(r in only for v in eqns[k].outvars for r in readers.get(v, ())):
+                    only.add(k)
+            signs[i], inner[i] = sign, frozenset(only - {i})
+        return signs, inner
 
     def only_codes(self, outs: Sequence[Any]) -> bool:
         """True if only markers read these values, perhaps after moves and pools."""

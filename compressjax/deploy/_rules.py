@@ -70,8 +70,8 @@ class Rules:
         if limit != 0:
             return None
         if isinstance(x, Codes):
-            q = jnp.maximum(x.q, np.asarray(x.zero, x.q.dtype))
-            return dataclasses.replace(x, q=q)
+            y = x.moved(lambda q: jnp.maximum(q, np.asarray(x.zero, q.dtype)))
+            return dataclasses.replace(y, signs=False)
         if isinstance(x, Fixed):
             return Fixed(jnp.maximum(x.v, 0), x.unit, x.bound)
         if x.high is not None and x.high < 0:
@@ -208,7 +208,7 @@ class Rules:
     def _reduce_window_max(self, i: int, eqn: Any, ins: list[Any]) -> Any:
         (x,) = ins
         if isinstance(x, Codes):
-            return dataclasses.replace(x, q=_moves.max_pool(eqn, x.q))
+            return x.moved(lambda q: _moves.max_pool(eqn, q))
         if isinstance(x, Fixed):
             return Fixed(_moves.max_pool(eqn, x.v), x.unit, x.bound)
         window = eqn.params["window_dimensions"]
@@ -242,7 +242,8 @@ class Rules:
             first = ins[0]
             if all(x.marker == first.marker for x in ins):
                 q = lax.concatenate([x.q for x in ins], eqn.params["dimension"])
-                return dataclasses.replace(first, q=q)
+                signs = all(x.signs for x in ins)
+                return dataclasses.replace(first, q=q, signs=signs, make=None)
         sizes = [self.size_of(x) for x in ins]
         bound = None if None in sizes else max(s for s in sizes if s is not None)
         unit = None if bound is None else _unit(bound)
@@ -251,16 +252,30 @@ class Rules:
 
     def _pad(self, i: int, eqn: Any, ins: list[Any]) -> Any:
         x, fill = ins
-        if _known.number(fill) != 0:
-            return None
+        number = _known.number(fill)
         config = eqn.params["padding_config"]
-        if isinstance(x, Codes):
-            q = lax.pad(x.q, np.asarray(x.zero, x.q.dtype), config)
-            return dataclasses.replace(x, q=q)
+        if isinstance(x, Codes) and number is not None:
+            code = x.zero if number == 0 else self.code_of(x, number)
+            if code is None:
+                return None
+            y = x.moved(lambda q: lax.pad(q, np.asarray(code, q.dtype), config))
+            return dataclasses.replace(y, signs=x.signs and code != x.zero)
+        if number != 0:
+            return None
         if not isinstance(x, Quantized):
             return None
         y = self.to_fixed(x)
         return Fixed(lax.pad(y.v, np.int32(0), config), y.unit, y.bound)
+
+    def code_of(self, x: Codes, number: float) -> int | None:
+        """The code that stands for a number, if one does exactly."""
+
+        def find() -> int:
+            code = number / x.scale + x.zero
+            return round(code) if code == round(code) else x.hi + 1
+
+        code = self.decide(self.unique(f"{x.marker}/pad"), find)
+        return code if x.lo <= code <= x.hi else None
 
     def _broadcast_in_dim(self, i: int, eqn: Any, ins: list[Any]) -> Any:
         return self.relaid(eqn, ins)
@@ -276,7 +291,10 @@ class Rules:
     def relaid(self, eqn: Any, ins: list[Any]) -> Any:
         (x,) = ins
         if isinstance(x, Codes):
-            return [dataclasses.replace(x, q=q) for q in tracing.bind(eqn, [x.q])]
+            return [
+                x.moved(lambda q, k=k: tracing.bind(eqn, [q])[k])
+                for k in range(len(eqn.outvars))
+            ]
         if isinstance(x, Sums) and len(eqn.outvars) == 1:
             later = self.deferred(x, eqn)
             if later is not None:

@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from compressjax.core import errors
-from compressjax.deploy import _choices, _forms, _lowerings
-from compressjax.deploy._values import CONSTANTS, Leaves
+from compressjax.deploy import _choices, _forms, _lowerings, _xnor
+from compressjax.deploy._values import CONSTANTS, Lazy, Leaves
 from compressjax.deploy._walk import Walk
 
 
@@ -29,6 +29,10 @@ class Run(Walk):
         value = self.knowns.of(known)
         return jnp.broadcast_to(jnp.asarray(value, known.dtype), known.shape)
 
+    def spread(self, known):
+        value = jnp.asarray(self.knowns.of(known), known.dtype)
+        return Lazy(lambda: jnp.broadcast_to(value, known.shape))
+
     def concrete(self, known):
         return None
 
@@ -40,8 +44,9 @@ class Run(Walk):
         def alone():
             # What is made inside a branch must not be remembered outside of it.
             memo, taken = dict(self.memo), dict(self.taken)
+            known = dict(self.knowns.done)
             out = compute()
-            self.memo, self.taken = memo, taken
+            self.memo, self.taken, self.knowns.done = memo, taken, known
             return out
 
         return _forms.stored(alone, witness)
@@ -50,7 +55,10 @@ class Run(Walk):
         if self.table is None:
             return "conv:int8"
         default = _lowerings.default_codes(product.primitive, product.params, product.w)
-        return _choices.nearest(self.table, product.site, product.q.shape, default)
+        if product.signs is not None and self.store and _xnor.runs_here():
+            default = _xnor.DEFAULT
+        name = _choices.nearest(self.table, product.site, product.q.shape, default)
+        return name if _xnor.runs_here() or not _xnor.is_name(name) else default
 
     def decide(self, name, compute):
         return self.found["facts"][name]

@@ -24,7 +24,14 @@ import numpy as np
 from compressjax.core import lowered, rewrite
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model, Row, Step, Transform
-from compressjax.deploy import _choices, _forms, _lowerings, _microbatch, _whole
+from compressjax.deploy import (
+    _choices,
+    _forms,
+    _lowerings,
+    _microbatch,
+    _whole,
+    _xnor,
+)
 
 _ROUNDS = 7
 _SECONDS = 0.004  # the least one timing takes
@@ -352,39 +359,44 @@ def rank_codes(
 
 def code_candidates(p: Any) -> tuple[str, ...]:
     fill = p.zero - _lowerings.shift_of(p.q.dtype)
-    return _lowerings.candidates(
+    names = _lowerings.candidates(
         p.primitive, p.params, p.q, p.w, bound=p.bound, fill=fill
     )
+    return names if p.signs is None else _xnor.candidates(names)
 
 
 def _rank_codes(p: Any, names: Sequence[str]) -> _whole.Ranked:
-    def run(name: str, q: Any, w: Any, bias: Any, m: Any) -> Any:
-        y, fill = _lowerings.code_product(
+    def sums(name: str, q: Any, w: Any, m: Any) -> tuple[Any, int]:
+        if _xnor.is_name(name):
+            stored = functools.partial(_forms.stored, witness=m)
+            return _xnor.product(name, p.signs, lambda: q > 0, w, stored)(), 0
+        w = w if p.signs is None else _xnor.weight_codes(p.signs, w)
+        return _lowerings.code_product(
             name, p.primitive, p.params, p.side, q, p.zero, w
         )
+
+    def run(name: str, q: Any, w: Any, bias: Any, m: Any) -> Any:
+        y, fill = sums(name, q, w, m)
         bias = bias - fill * bias if fill else bias
         v = (y + bias).astype(jnp.float32) * m
         return jnp.clip(jnp.rint(v), -128, 127).astype(jnp.int32).astype(jnp.int8)
 
-    out, _ = jax.eval_shape(
-        lambda q, w: (
-            _lowerings.code_product(
-                names[0], p.primitive, p.params, p.side, q, p.zero, w
-            )[0],
-            0,
-        ),
-        p.q,
-        p.w,
+    product = functools.partial(
+        _lowerings.code_product, names[0], p.primitive, p.params, p.side
     )
+    out = jax.eval_shape(lambda q, w: product(q, p.zero, w)[0], p.q, p.w)
     shape = [1] * len(out.shape)
     if p.primitive == "conv_general_dilated":
         axis = p.params["dimension_numbers"].out_spec[1]
     else:
         axis = len(shape) - 1
     shape[axis] = out.shape[axis]
+    w = p.w
+    if p.signs is not None:
+        w = jax.ShapeDtypeStruct((_xnor.n_words(p.signs),), jnp.uint32)
     args = (
         _fill(p.q),
-        _fill(p.w),
+        _fill(w),
         jnp.ones(shape, jnp.int32),
         jnp.full(shape, 1e-3, jnp.float32),
     )

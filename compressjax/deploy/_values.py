@@ -2,6 +2,7 @@
 
     Known   depends on variables only (or on nothing)
     Codes   int8 / uint8:  value = s (q - z), one s and one z for the tensor
+    Lazy    a float array that is not computed yet: fused with the one that reads it
     Sums    int32 accumulators of a site:  value = s_c (acc + b_c), then ReLU, max-pool
     Fixed   int32 fixed point:  value = u v, one unit u (a power of two, or that over a
             count), for residual sums and averages
@@ -77,7 +78,11 @@ class Leaves:
 
 @dataclasses.dataclass(eq=False)
 class Codes:
-    """value = scale (q - zero), with lo <= q <= hi."""
+    """value = scale (q - zero), with lo <= q <= hi.
+
+    Signs are -1 and +1 and never 0. `make` computes q again from what lies in memory,
+    so that the words of a product of signs are made without their bytes.
+    """
 
     q: jax.Array
     marker: str
@@ -85,6 +90,14 @@ class Codes:
     lo: int
     hi: int
     scale: Any = None  # pack only, float
+    signs: bool = False
+    make: Callable[[], jax.Array] | None = None
+
+    def moved(self, move: Callable[[jax.Array], jax.Array]) -> "Codes":
+        """The codes after `move`, which makes no new ones."""
+        old = self.make
+        make = None if old is None else lambda: move(old())
+        return dataclasses.replace(self, q=move(self.q), make=make)
 
     @property
     def bound(self) -> float:
@@ -109,6 +122,8 @@ class Sums:
     scale: Any = None  # pack only, float64 array
     bias: Any = None  # pack only, float64 array, in units of value
     acc_bound: Any = None  # pack only, array: largest |acc - offset|
+    exact: bool = False  # of signs: what follows is float, as it was written
+    make: Callable[[], jax.Array] | None = None  # acc, to be fused with its reader
 
     @property
     def bound(self) -> float:
@@ -124,6 +139,13 @@ class Fixed:
     v: jax.Array
     unit: Any = None  # pack only, float
     bound: Any = None  # pack only, float: largest |value|
+
+
+@dataclasses.dataclass(eq=False)
+class Lazy:
+    """A float array that the one who reads it computes."""
+
+    make: Callable[[], jax.Array]
 
 
 Quantized: TypeAlias = Codes | Sums | Fixed

@@ -11,22 +11,25 @@ import numpy as np
 from compressjax.core import trace as tracing
 from compressjax.deploy import (
     _known,
+    _microbatch,
     _moves,
     _products,
     _program,
     _rules,
+    _signs,
 )
 from compressjax.deploy._values import (
     CONSTANTS,
     Codes,
     Fixed,
     Known,
+    Lazy,
     Quantized,
     Sums,
 )
 
 
-class Walk(_products.Products):
+class Walk(_signs.Signs):
     """Evaluates the program on Known, Codes, Sums, Fixed and float arrays."""
 
     def __init__(
@@ -38,11 +41,17 @@ class Walk(_products.Products):
         self.bits = {}
         self.taken: dict[str, int] = {}
         self.memo: dict[Any, Any] = {}
+        self.env: dict[Any, Any] = {}
+        self.skipped: dict[int, int | None] = {}
 
     # What differs between packing and running.
 
     def traced(self, known: Known) -> Any:
         """A Known as a value of the running program, broadcast to its shape."""
+        raise NotImplementedError
+
+    def spread(self, known: Known) -> Any:
+        """`traced`, but broadcast where it is read: Lazy."""
         raise NotImplementedError
 
     def lowering(self, product: _products.Product) -> str:
@@ -63,7 +72,7 @@ class Walk(_products.Products):
     def run(self, data: Sequence[Any]) -> list[Any]:
         jaxpr = self.program.jaxpr
         n = len(self.paths)
-        env: dict[Any, Any] = {}
+        env = self.env
         for i, v in enumerate(jaxpr.jaxpr.invars[:n]):
             env[v] = Known(
                 v.aval.shape, v.aval.dtype, lambda leaves, i=i: leaves.get(i)
@@ -71,25 +80,43 @@ class Walk(_products.Products):
         env.update(zip(jaxpr.jaxpr.invars[n:], data, strict=True))
         for v, c in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True):
             env[v] = c if tracing.is_tracer(c) else _known.literal(c)
-        self.env = env
+        for sign, inner in self.program.inner.items():
+            steps = self.program.signs[sign].steps
+            self.skipped.update({k: sign if k in steps else None for k in inner})
+        for i in range(len(jaxpr.jaxpr.eqns)):
+            if i in self.program.signs and not self.is_sign(i):
+                for k in sorted(self.program.inner[i]):
+                    self.take(k)
+            if not self.skips(i):
+                self.take(i)
+        return [self.as_float(self.read(a)) for a in jaxpr.jaxpr.outvars]
 
-        def read(atom: Any) -> Any:
-            if isinstance(atom, tracing.Literal):
-                return _known.literal(atom.val)
-            return env[atom]
+    def read(self, atom: Any) -> Any:
+        """The value of an atom; None of one that only a sign reads."""
+        if isinstance(atom, tracing.Literal):
+            return _known.literal(atom.val)
+        return self.env.get(atom)
 
-        for i, eqn in enumerate(jaxpr.jaxpr.eqns):
-            ins = [read(a) for a in eqn.invars]
-            with tracing.context_of(eqn):
-                outs = self.step(i, eqn, ins)
-            outs = [self.held(v, y) for v, y in zip(eqn.outvars, outs, strict=True)]
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [self.as_float(read(a)) for a in jaxpr.jaxpr.outvars]
+    def take(self, i: int) -> None:
+        """One equation, unless it was taken before."""
+        eqn = self.program.jaxpr.jaxpr.eqns[i]
+        if eqn.outvars and eqn.outvars[0] in self.env:
+            return
+        ins = [self.read(a) for a in eqn.invars]
+        with tracing.context_of(eqn):
+            outs = self.step(i, eqn, ins)
+        outs = [self.held(v, y) for v, y in zip(eqn.outvars, outs, strict=True)]
+        self.env.update(zip(eqn.outvars, outs, strict=True))
 
     def held(self, v: Any, y: Any) -> Any:
         """A sum that several read is stored: fused, each reader would do it again."""
-        if isinstance(y, Fixed) and len(self.program.readers.get(v, ())) > 1:
+        readers = self.program.readers.get(v, ())
+        if isinstance(y, Fixed) and len(readers) > 1:
             return Fixed(self.stored(lambda: y.v), y.unit, y.bound)
+        if isinstance(y, Lazy) and len(readers) > 1:
+            return self.stored(y.make)
+        if isinstance(y, Sums) and y.make is not None and len(readers) > 1:
+            return dataclasses.replace(y, acc=self.stored(y.make), make=None)
         return y
 
     def stored(self, compute: Any) -> Any:
@@ -105,11 +132,33 @@ class Walk(_products.Products):
             return [self.site(eqn, self.program.sites[i], ins)]
         if _program.is_marker(eqn) and all(isinstance(x, Known) for x in ins[1:]):
             return [self.quantize(i, eqn, ins)]
+        if any(isinstance(x, Lazy) or isinstance(x, Sums) and x.exact for x in ins):
+            return self.later(eqn, ins)
         if any(isinstance(x, Quantized) for x in ins):
             out = getattr(self, "_" + eqn.primitive.name, self._layout)(i, eqn, ins)
             if out is not None:
                 return out if isinstance(out, list) else [out]
         return tracing.bind(eqn, self.floats(eqn, ins))
+
+    def later(self, eqn: tracing.Equation, ins: list[Any]) -> Sequence[Any]:
+        """A float equation behind exact sums, fused with the one that reads it."""
+        if eqn.primitive.name not in _microbatch.ELEMENTWISE:
+            return tracing.bind(eqn, self.floats(eqn, ins))
+        # Names of constants are given now, in the order of the program.
+        ins = [self.lazy(x) for x in ins]
+        return [Lazy(lambda: tracing.bind(eqn, self.floats(eqn, ins))[0])]
+
+    def lazy(self, x: Any) -> Any:
+        """Exact sums as a float that is not computed yet; anything else in float."""
+        if isinstance(x, Known):
+            return self.spread(x)
+        if not (isinstance(x, Sums) and x.exact):
+            return x if isinstance(x, Lazy) else self.as_float(x)
+        scale = self.constant(
+            self.unique(f"{CONSTANTS}/{x.site}/scale"), lambda: np.float32(x.scale)
+        )
+        make = x.make or (lambda: x.acc)
+        return Lazy(lambda: make().astype(jnp.float32) * scale)
 
     # Between forms.
 
@@ -126,8 +175,12 @@ class Walk(_products.Products):
     def as_float(self, x: Any) -> Any:
         if isinstance(x, Known):
             return self.traced(x)
+        if isinstance(x, Lazy):
+            return x.make()
         if not isinstance(x, Quantized):
             return x
+        if isinstance(x, Sums) and x.exact:
+            return self.once(("float", x), lambda: self.lazy(x).make())
         return self.once(("float", x), lambda: self._as_float(x))
 
     def _as_float(self, x: Quantized) -> Any:
@@ -160,7 +213,8 @@ class Walk(_products.Products):
                 bias = self.constant(x.bias_key, lambda: _rules.int_bias(x))
             if x.offset is not None:
                 bias = -x.offset if bias is None else bias - x.offset
-            return x.acc if bias is None else x.acc + bias
+            acc = x.make() if x.make is not None else x.acc
+            return acc if bias is None else acc + bias
 
         return self.once(("acc", x), make)
 
@@ -211,6 +265,11 @@ class Walk(_products.Products):
             return other
         lo, hi, z = fact["lo"], fact["hi"], fact["zero"]
         step = fact.get("scale")
+        if fact.get("signs"):
+            codes = self.memo["codes", name] = self.signs(i, name, fact)
+            return codes
+        if isinstance(x, Lazy):
+            x = self.as_float(x)
         q = self.stored(lambda: self.codes(name, x, step, lo, hi, z))
         codes = Codes(q, name, z, lo, hi, scale=step)
         self.memo["codes", name] = codes
