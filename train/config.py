@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import compressjax as cj
@@ -118,6 +119,61 @@ def distillation(temperature: float = 4.0, weight: float = 0.9) -> Callable[...,
     return loss
 
 
+def feature_distillation(
+    where: str,
+    *,
+    weight: float = 1.0,
+    until: float = 2 / 3,
+    distance: Callable[[Any, Any], Array] = cj.losses.feature_error,
+    answers: Callable[..., Array] | None = None,
+) -> Callable[..., Array]:
+    """A loss of the answers, and of features: ``(output, batch, teacher) -> f32[B]``.
+
+        L = answers + weight f(p) distance(features, teacher's features)
+
+    f falls from 1 at the share p = `until` of the stage to 0 at its end, so that the
+    last steps serve the answers alone; the test loss is taken at p = 1. The stage needs
+    ``watch``, so that the network's output is (logits, features); the teacher, in
+    evaluation mode, is watched at the same layers.
+
+    Args:
+      where: the layers of ``cj.binary.features(where)``, as in `watch`.
+      weight: of the distance.
+      until: in [0, 1]; 1 holds the weight to the end.
+      distance: a loss of `cj.losses` for features.
+      answers: a loss for the logits; `cross_entropy()` if None.
+
+    >>> import jax.numpy as jnp
+    >>> teacher = cj.from_function(lambda p, x: x @ p["w"], {"w": jnp.eye(2)},
+    ...                            jnp.ones((1, 2)))
+    >>> x = jnp.array([[1.0, 1.0]])
+    >>> batch = {"image": x, "label": jnp.array([0]), "progress": 0.75}
+    >>> output = (x, {"params/w": 0 * x})  # distance 1, of which a half is left
+    >>> loss = feature_distillation("w", until=0.5, answers=lambda *_: jnp.zeros(1))
+    >>> loss(output, batch, teacher).tolist()
+    [0.5]
+    """
+    if not 0 <= until <= 1:
+        raise ValueError(f"until={until}: give a share of the stage, in [0, 1].")
+    answers = answers or cross_entropy()
+
+    def loss(output: Any, batch: dict[str, Array], teacher: Any) -> Array:
+        if teacher is None or not isinstance(output, tuple):
+            raise ValueError(
+                "feature_distillation needs a teacher, the Model at the end of the "
+                "first stage, and a network that gives (logits, features): use it "
+                "from the second stage on, in a stage with watch=."
+            )
+        logits, seen = output
+        _, wanted = cj.binary.features(where)(teacher)(batch["image"])
+        factor = jnp.float32(weight)
+        if until < 1:
+            factor *= jnp.clip((1 - batch["progress"]) / (1 - until), 0.0, 1.0)
+        return answers(logits, batch, teacher) + factor * distance(seen, wanted)
+
+    return loss
+
+
 @dataclasses.dataclass
 class Stage:
     """One line of an experiment: change the network, then train it.
@@ -128,12 +184,18 @@ class Stage:
         function of its arguments: a resumed run calls it again.
       optimizer: ``(model, ctx) -> optax transformation``; may be None without epochs.
       epochs: passes over the training set; 0 only transforms and evaluates.
-      loss: ``(output, batch, teacher) -> f32[B]``; batch has image, label and mask,
-        teacher is the Model at the end of the first stage, None in the first.
+      loss: ``(output, batch, teacher) -> f32[B]``; batch has image, label, mask and
+        progress, the share of the stage's steps that is done (1 in evaluation); teacher
+        is the Model at the end of the first stage, None in the first.
       penalty: ``(model, ctx) -> (variables, step) -> f32[]``, added to the mean loss in
         training; step counts from 0 in the stage, so that the penalty can be ramped.
       frozen: train the network in its evaluation form: statistics of batch norm and
         observed ranges stand still, dropout is off.
+      watch: ``(model, ctx) -> Model`` with the same variables, whose output is (logits,
+        more): the stage trains and evaluates that one, so that the loss sees more, and
+        hands on the Model without it.
+      schedule: ``(variables, progress) -> variables`` of what is not trained, before
+        each step, such as `cj.quantize.set_progress`.
     """
 
     name: str
@@ -143,6 +205,8 @@ class Stage:
     loss: Callable[..., Array] = dataclasses.field(default_factory=cross_entropy)
     penalty: Callable[[cj.Model, "Context"], Callable[..., Array]] | None = None
     frozen: bool = False
+    watch: Callable[[cj.Model, "Context"], cj.Model] | None = None
+    schedule: Callable[[Any, Array], Any] | None = None
 
 
 @dataclasses.dataclass

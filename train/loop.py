@@ -200,11 +200,14 @@ def run_stage(
     notes = saved.notes(place) if place and place.stage == index else None
     check_same_history(model, notes["history"] if notes else None, stage.name)
 
+    # What is trained: the Model, or a form of it that shows the loss more
+    trained = stage.watch(model, ctx) if stage.watch else model
+
     # Lowerings: chosen by the clock before step 0, read back ever after
-    apply_fn, lowerings = model.apply_fn, None
+    apply_fn, lowerings = trained.apply_fn, None
     if config.tune and stage.epochs:
-        lowerings = notes["lowerings"] if notes else choose(model, config, mesh)
-        apply_fn = cj.deploy.tune(choices=lowerings)(model).apply_fn
+        lowerings = notes["lowerings"] if notes else choose(trained, config, mesh)
+        apply_fn = cj.deploy.tune(choices=lowerings)(trained).apply_fn
 
     # Optimiser and state
     optimizer = rehearsal.build(stage, model, ctx)
@@ -225,6 +228,8 @@ def run_stage(
             augment.augment(config.images),
             penalty=stage.penalty(model, ctx) if stage.penalty else None,
             frozen=stage.frozen,
+            schedule=stage.schedule,
+            steps=max(ctx.steps, 1),
         ),
         donate_argnums=0,
         out_shardings=(shardings, meshes.replicated(mesh)),
@@ -382,9 +387,8 @@ def check_same_config(config: configs.Config, root: pathlib.Path) -> None:
                 remedy="Remove the file if you know the config; else use a new "
                 "--workdir.",
             ) from error
-        changed = sorted(
-            k for k in {*now, *before} if now.get(k, "-") != before.get(k, "-")
-        )
+        # A field that is not set says what a run from before there was one says.
+        changed = sorted(k for k in {*now, *before} if now.get(k) != before.get(k))
         if changed:
             lines = ", ".join(
                 f"{k}: {before.get(k, '-')} then, {now.get(k, '-')} now"

@@ -33,7 +33,7 @@ def rehearse(
 
     Raises:
       ValueError: if an optimizer cannot be built.
-      Exception: whatever a transform or penalty raises, with the name of its stage.
+      Exception: whatever a transform, a penalty or a watch raises, with its stage.
     """
     last = max((i for i, stage in enumerate(stages) if stage.epochs), default=-1)
     teacher = None
@@ -49,11 +49,13 @@ def rehearse(
             raise
         if stage.epochs:
             build(stage, model, ctx)
-            try:
-                _ = stage.penalty and stage.penalty(model, ctx)
-            except Exception as error:
-                _note(error, "penalty", stage)
-                raise
+            for name in ("penalty", "watch"):
+                try:
+                    made = getattr(stage, name)
+                    _ = made and made(model, ctx)
+                except Exception as error:
+                    _note(error, name, stage)
+                    raise
         teacher = teacher or model
 
 

@@ -49,6 +49,8 @@ def train_step(
     *,
     penalty: Callable[[Any, Array], Array] | None = None,
     frozen: bool = False,
+    schedule: Callable[[Any, Array], Any] | None = None,
+    steps: int = 1,
     axis_name: str | None = None,
 ) -> Callable[..., tuple[State, Array]]:
     """``(state, batch, key, teacher) -> (state, mean loss)``.
@@ -60,6 +62,9 @@ def train_step(
       prepare: ``(u8[B, H, W, C], key) -> f32[B, H, W, C]``: augmentation.
       penalty: ``(variables, step) -> f32[]``, added to the mean loss.
       frozen: run the network in its evaluation form, and move no statistics.
+      schedule: ``(variables, progress) -> variables`` of what is not trained, applied
+        before the step.
+      steps: of the stage; the progress is the share of them that is done.
       axis_name: under `jax.pmap`, the axis over which gradients and moving statistics
         are averaged. Under jit with shardings leave it out: means are global there.
     """
@@ -73,7 +78,9 @@ def train_step(
         images = prepare(batch["image"], picture_key)
         label = batch["label"]
         mask = jnp.ones(label.shape, jnp.float32)
-        seen = {"image": images, "label": label, "mask": mask}
+        progress = state["step"] / steps
+        seen = {"image": images, "label": label, "mask": mask, "progress": progress}
+        rest = schedule(state["rest"], progress) if schedule else state["rest"]
 
         def run(variables):
             if frozen:
@@ -82,12 +89,12 @@ def train_step(
                 variables,
                 images,
                 train=True,
-                mutable=list(state["rest"]),
+                mutable=list(rest),
                 rngs={"dropout": layer_key},
             )
 
         def objective(trained):
-            variables = {**state["rest"], **trained}
+            variables = {**rest, **trained}
             output, updates = run(variables)
             value = jnp.mean(loss(output, seen, teacher))
             if penalty is not None:
@@ -108,7 +115,7 @@ def train_step(
         )
         new = {
             "trained": optax.apply_updates(state["trained"], changes),
-            "rest": {**state["rest"], **updates},
+            "rest": {**rest, **updates},
             "optimizer": optimizer_state,
             "step": state["step"] + 1,
             "sums": jax.tree.map(jnp.add, state["sums"], sums),
@@ -133,7 +140,12 @@ def evaluate_step(
     def step(variables: Any, batch: Mapping[str, Array], teacher: Any):
         images = normalise(batch["image"])
         output = apply_fn(variables, images)
-        seen = {"image": images, "label": batch["label"], "mask": batch["mask"]}
+        seen = {
+            "image": images,
+            "label": batch["label"],
+            "mask": batch["mask"],
+            "progress": jnp.float32(1),
+        }
         each = loss(output, seen, teacher)
         return _sums(output, batch["label"], each, batch["mask"])
 

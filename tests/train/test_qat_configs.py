@@ -14,6 +14,11 @@ import compressjax as cj
 from configs import (
     cifar10_qat,
     cifar10_taylor,
+    fashion_binary_irnet,
+    fashion_binary_mobilenet,
+    fashion_binary_reactnet,
+    fashion_binary_resnet,
+    fashion_binary_toy,
     fashion_channels,
     fashion_progressive,
     fashion_prune_quantize,
@@ -156,6 +161,11 @@ def test_prune_quantize_pack():
     [
         cifar10_qat,
         cifar10_taylor,
+        fashion_binary_irnet,
+        fashion_binary_mobilenet,
+        fashion_binary_reactnet,
+        fashion_binary_resnet,
+        fashion_binary_toy,
         fashion_channels,
         fashion_qat,
         fashion_progressive,
