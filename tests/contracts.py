@@ -89,6 +89,19 @@ def both(weights, inputs):
 
 
 MODELS = {
+    "binary.binarize": Contract(
+        cj.compose(
+            cj.binary.binarize(
+                "conv2/kernel",
+                link=cj.binary.squeeze_interact(key=jax.random.key(0)),
+                activation="prelu",
+                activation_scale=True,
+            ),
+            cj.binary.binarize(
+                "conv3/kernel", link=cj.binary.elastic_link("channel"), shift=True
+            ),
+        )
+    ),
     "rewrite": Contract(cj.rewrite(lambda site, op, x, w: op(x, w / 2) + 1)),
     "capture": Contract(cj.capture(), out=lambda y: y[0]),
     "merge.expand": Contract(cj.merge.expand("dbb", "conv1/kernel")),

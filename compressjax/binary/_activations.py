@@ -80,10 +80,15 @@ def in_front(program: _program.Program, sites: Iterable[str]) -> tuple[Relu, ...
 def others(program: _program.Program, taken: Iterable[Relu]) -> list[int]:
     """The equations that are ReLUs too."""
     indices = {r.index for r in taken}
+
+    def variance(eqn: tracing.Equation) -> bool:  # a norm's max(0, E x^2 - (E x)^2)
+        made = [program.producer.get(a) for a in eqn.invars if not program.is_known(a)]
+        return any(program.eqns[i].primitive.name == "sub" for i in made if i)
+
     return [
         i
-        for i in sorted(program.live)
-        if i not in indices and _is_relu(program, program.eqns[i])
+        for i in sorted(program.live - indices)
+        if _is_relu(program, program.eqns[i]) and not variance(program.eqns[i])
     ]
 
 

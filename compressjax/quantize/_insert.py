@@ -106,10 +106,12 @@ def insert(
             ],
             padding=padding,
         )
-        bits = {
-            name: tuple(32 if q is None else q.bits for q in pair)
-            for name, pair in plan.items()
-        }
+        bits = {}
+        for name, pair in plan.items():  # what it does not touch stays as it is
+            now = model.bits.get(name, (32, 32))
+            bits[name] = tuple(
+                b if q is None else q.bits for b, q in zip(now, pair, strict=True)
+            )
         extra = (names[0],) if trained else ()
         out = model.then(
             step,
