@@ -189,6 +189,32 @@ def test_a_shared_weight_learns_from_both_blocks():
     np.testing.assert_allclose(grads["params/w#2"], np.maximum(x @ w, 0).T @ one)
 
 
+def test_what_binarize_adds_is_in_the_feature_of_its_layer():
+    """F = signs + gamma x; each gamma learns from its own layer's loss."""
+    p = {n: jnp.array([[0.5, 1.0], [-1.5, 1.0]]) for n in "ac"}
+    x = jnp.array([[0.5, -8.0]])
+    net = cj.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["c"], p, x)
+    signs = cj.binary.binarize(link=cj.binary.elastic_link(), ends=None)
+    student = signs(cj.binary.features(local=True)(net))
+    around = student.variables["binarize"]
+
+    def seen(around):
+        return student.apply_fn({**student.variables, "binarize": around}, x)[1]
+
+    # Signs of x: (+, -). Columns of a: mean |w| (sgn w . sgn x) = 1 (1 + 1), 1 (1 - 1)
+    first = np.array([[2.5, -8.0]])
+    found, grads = jax.jit(lambda g: (seen(g), jax.jacrev(seen)(g)))(around)
+    np.testing.assert_allclose(found["params/a"], first)
+    signed = np.array([[2.0, 0.0]])  # tanh keeps the signs
+    np.testing.assert_allclose(found["params/c"], signed + np.tanh(first), rtol=1e-6)
+    for name, slope in (("params/a", x), ("params/c", np.tanh(first))):
+        for other in ("params/a", "params/c"):
+            got = grads[name][other]["link"]["gamma"]
+            np.testing.assert_allclose(got, slope * (name == other), rtol=1e-6)
+    with pytest.raises(errors.RefusedError, match="features first"):
+        cj.binary.features()(signs(net))
+
+
 def test_refusals(base):
     def scanned(p, x):
         return jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]
