@@ -89,6 +89,7 @@ def both(weights, inputs):
 
 
 MODELS = {
+    "binary.features": Contract(cj.binary.features(local=True), out=lambda y: y[0]),
     "binary.binarize": Contract(
         cj.compose(
             cj.binary.binarize(

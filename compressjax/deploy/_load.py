@@ -39,6 +39,10 @@ def _binarize(step: Step) -> Transform:
     return importlib.import_module("compressjax.binary._surroundings").replay(step)
 
 
+def _features(step: Step) -> Transform:
+    return importlib.import_module("compressjax.binary").features(**step.settings)
+
+
 def _prune_weights(step: Step) -> Transform:
     return importlib.import_module("compressjax.prune._weights").replay(step)
 
@@ -46,6 +50,7 @@ def _prune_weights(step: Step) -> Transform:
 # Name of a Step -> its transform, from its settings.
 REPLAY: dict[str, Callable[[Step], Transform]] = {
     "binary.binarize": _binarize,
+    "binary.features": _features,
     "merge.expand": _expand.replay,
     "merge.fuse": lambda step: merge.fuse(**step.settings),
     "prune.cluster": lambda step: lambda model: model.then(step),
