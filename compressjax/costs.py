@@ -1,4 +1,4 @@
-"""What one example costs: parameters, MACs, BOPs and bytes, site by site.
+"""What one example costs: parameters, MACs, BOPs, OPs and bytes, site by site.
 
     params   trained parameters, without running statistics, or the codes and integer
              biases that stand for them; one that a mask removes does not count
@@ -6,11 +6,14 @@
              activations (attention); a channel that a mask removes costs nothing,
              a single weight that a mask removes as much as any
     bops     sum over the sites of macs * weight bits * input bits
+    ops      what papers on binary networks count: the MACs of sites whose operands both
+             have one bit, divided by 64 (a word of their machine), and all others whole
     bytes    the variables that evaluation reads: a float weight of a site at its bits,
              as `deploy.integer` will pack it (`core.packing`); codes, packed words,
              scales, biases and statistics in their own type; masks at one bit. What
              quantizers have observed, counters of training and random streams do not
              count
+    memory   the same bytes, by the bits of the numbers in them
 
 Everything is read from the trace and from the Model: bits from `Model.bits`, masks from
 the collection "masks", integer codes from the type of the leaf; a row of uint8 holds
@@ -70,16 +73,31 @@ class Row:
     def bops(self) -> int:
         return self.macs * self.weight_bits * self.input_bits
 
+    @property
+    def ops(self) -> float:
+        """MACs, or MACs / 64 of 1 x 1 bit: exact below 2^47."""
+        return self.macs / (64 if self.weight_bits == self.input_bits == 1 else 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """The costs of a network for one example, and of each of its sites."""
+    """The costs of a network for one example, and of each of its sites.
+
+    Attributes:
+      memory: {bits of a number: bytes of all such numbers}; the sum is `bytes`.
+      ops: those of the rows, summed.
+    """
 
     params: int
     macs: int
     bops: int
     bytes: int
     rows: tuple[Row, ...]
+    memory: Mapping[int, int] = dataclasses.field(default_factory=dict, compare=False)
+
+    @property
+    def ops(self) -> float:
+        return sum(row.ops for row in self.rows)
 
 
 def count(model: Model, **kwargs: Any) -> Costs:
@@ -119,7 +137,7 @@ def count(model: Model, **kwargs: Any) -> Costs:
     integer = any(_is_integer(leaves[s.leaf].dtype) for s in found.sites if s.leaf)
     quantized = integer or any(w < 32 or x < 32 for w, x in model.bits.values())
 
-    rows, stored, seen = [], {}, set()
+    rows, stored, seen, packed = [], {}, set(), {}
     entries = {path: math.prod(leaf.shape) for path, leaf in leaves.items()}
     for key, site in found.by_key.items():
         w_bits, x_bits = _bits(site, leaves, given)
@@ -134,6 +152,7 @@ def count(model: Model, **kwargs: Any) -> Costs:
             notes.append("one branch of several, counted as if taken")
         if site.leaf is not None:
             if _is_packed(leaves[site.leaf]):
+                packed[site.leaf] = w_bits
                 entries[site.leaf] = math.prod(site.w.shape)
             size = entries[site.leaf]
             left = kept.get(site.leaf, size)
@@ -167,6 +186,14 @@ def count(model: Model, **kwargs: Any) -> Costs:
                 note="; ".join(notes),
             )
         )
+    memory: dict[int, int] = {}
+    for path, leaf in leaves.items():
+        if path.startswith("rngs/") or path in unread:
+            continue
+        width = stored.get(path, _width(leaf.dtype))
+        bits = packed.get(path, width)
+        size = packing.n_bytes(math.prod(leaf.shape), width)
+        memory[bits] = memory.get(bits, 0) + size
     return Costs(
         params=sum(
             kept.get(path, entries[path])
@@ -177,12 +204,9 @@ def count(model: Model, **kwargs: Any) -> Costs:
         ),
         macs=sum(row.macs for row in rows),
         bops=sum(row.bops for row in rows),
-        bytes=sum(
-            packing.n_bytes(math.prod(leaf.shape), stored.get(path, _width(leaf.dtype)))
-            for path, leaf in leaves.items()
-            if not path.startswith("rngs/") and path not in unread
-        ),
+        bytes=sum(memory.values()),
         rows=tuple(rows),
+        memory=dict(sorted(memory.items())),
     )
 
 
@@ -339,6 +363,9 @@ class Report(jupyter.JupyterMixin):
     ) -> console.RenderResult:
         yield _table(self.costs, wide=options.max_width >= 96)
         yield text.Text(f"one example: {_totals(self.costs)}", style="bold")
+        parts = [f"{size:,} bytes of {b} bits" for b, size in self.costs.memory.items()]
+        if len(parts) > 1:
+            yield text.Text(f"memory: {', '.join(parts)}")
         for note in sorted({row.note for row in self.costs.rows if row.note}):
             names = [row.name for row in self.costs.rows if row.note == note]
             yield text.Text(f"{', '.join(names)}: {note}", style="yellow")
@@ -356,6 +383,7 @@ def report(model: Model, **kwargs: Any) -> Report:
     """A table of the costs of one example: a line a site, the totals below.
 
     Takes and raises what `count` does. Bits are weight x input, "float" for 32 x 32.
+    OPs stand there if they are not the MACs, memory if it is not all of one width.
 
     >>> m = cj.from_function(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))},
     ...                      jnp.ones((4, 3)))
@@ -369,8 +397,9 @@ def report(model: Model, **kwargs: Any) -> Report:
 
 
 def _totals(costs: Costs) -> str:
+    ops = f"{round(costs.ops):,} OPs, " if costs.ops != costs.macs else ""
     return (
-        f"{costs.params:,} parameters, {costs.macs:,} MACs, "
+        f"{costs.params:,} parameters, {costs.macs:,} MACs, {ops}"
         f"{costs.bops:,} BOPs, {costs.bytes:,} bytes"
     )
 

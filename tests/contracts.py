@@ -189,6 +189,15 @@ MODELS = {
         trains=False,
         bfloat16=False,
     ),
+    "binary.binarize, deploy.integer": Contract(
+        cj.compose(
+            cj.binary.binarize(link=cj.binary.elastic_link()),
+            cj.deploy.integer(tune=False),
+        ),
+        grad=False,
+        trains=False,
+        bfloat16=False,
+    ),
     "deploy.integer, weights alone": Contract(
         cj.compose(
             cj.quantize.insert(cj.quantize.uniform(4)),

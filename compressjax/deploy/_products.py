@@ -111,7 +111,7 @@ class Products(_rules.Rules):
         self.products[site.name] = product
         self.bits[site.name] = (
             self.decide(f"{site.name}/bits", lambda: packed["bits"]),
-            packing.word_length(x.lo, x.hi)[0],
+            1 if x.signs else packing.word_length(x.lo, x.hi)[0],
         )
 
         def multiply(product: Product, codes: Any) -> tuple[Any, int]:

@@ -29,6 +29,9 @@ from compressjax.core import trace as tracing
 
 NEVER, ALWAYS = 2**31 - 1, -(2**31)
 
+# What leaves a sign as it is; shard_map puts the last two anywhere.
+_SAME = ("convert_element_type", "copy", "pvary", "pcast")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sign:
@@ -67,11 +70,19 @@ def find(
             if eqn.primitive.name in names:
                 inner.append(made[atom])
                 return eqn
-            if eqn.primitive.name not in ("convert_element_type", "copy"):
+            if eqn.primitive.name not in _SAME:
                 return None
             inner.append(made[atom])
             atom = eqn.invars[0]
         return None
+
+    def is_zero(atom: Any) -> bool:
+        while isinstance(atom, tracing.Var) and atom in made:
+            eqn = eqns[made[atom]]
+            if eqn.primitive.name not in (*_SAME, "broadcast_in_dim"):
+                return False
+            atom = eqn.invars[0]
+        return isinstance(atom, tracing.Literal) and not np.any(atom.val)
 
     def one(eqn: tracing.Equation) -> tuple[Any, Any] | None:
         """(the operand that depends on data, the other one that does not)."""
@@ -93,16 +104,16 @@ def find(
     which, no, yes = scaled.invars
     test = behind(which, "ge")
     known = all(not isinstance(v, tracing.Var) or v not in data for v in (no, yes))
-    if test is None or not known or not _is_zero(test.invars[1]):
+    if test is None or not known or not is_zero(test.invars[1]):
         return None, []
     source = test.invars[0]
     at, steps = source, []
     while isinstance(at, tracing.Var) and at in made and made[at] not in sites:
         eqn = eqns[made[at]]
         name = eqn.primitive.name
-        if name not in ("add", "sub", "mul", "div", "neg", "convert_element_type"):
+        if name not in ("add", "sub", "mul", "div", "neg", *_SAME):
             break
-        if name in ("neg", "convert_element_type"):
+        if name in ("neg", *_SAME):
             old: Any = eqn.invars[0].aval
             new: Any = eqn.outvars[0].aval
             if old.dtype != new.dtype:
@@ -119,12 +130,6 @@ def find(
         site, steps = None, []
     sign = Sign(source, (no, yes), factor, site, tuple(reversed(steps)))
     return sign, inner
-
-
-def _is_zero(atom: Any) -> bool:
-    return (
-        isinstance(atom, tracing.Literal) and np.ndim(atom.val) == 0 and atom.val == 0
-    )
 
 
 def compose(

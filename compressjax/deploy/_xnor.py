@@ -48,16 +48,16 @@ def is_name(name: str) -> bool:
 def fits(site: finding.Site) -> bool:
     """Can this product run on words? Shapes and parameters alone decide.
 
-    Not with zeros inside its border, or fewer than 8 signs in a sum.
+    Not with zeros inside its border, or fewer than 4 signs in a group.
     """
     if site.leaf is None:
         return False
     if not site.is_conv:
         _, batch = site.params["dimension_numbers"]
-        return not batch[0] and terms(site)[0] >= 8
+        return not batch[0] and terms(site)[0] >= 4
     conv = _forms.Conv.of(site.params)
     bare = not any(lo or hi for lo, hi in conv.padding) and set(conv.x_dilation) <= {1}
-    return bare and conv.batch_groups == 1 and terms(site)[0] >= 8
+    return bare and conv.batch_groups == 1 and terms(site)[0] >= 4
 
 
 def candidates(names: tuple[str, ...]) -> tuple[str, ...]:
