@@ -9,7 +9,8 @@ without shortcuts lose far more than small ones. "k13": 13x13 with a 5x5 beside 
 "k13-alone": without; "-bare": without shortcuts. The 3x3 has no smaller one beside it.
 All start from the same key; the order of the pictures is another in each stage. Large
 kernels run by FFT or band matrices where a rule says so (`deploy.tune(timed=False)`).
-Not run to its end yet. A size for two cores (maps of 14, 7 and 4 pixels):
+A size for two cores (maps of 14, 7 and 4 pixels; RESULTS.md has its numbers; eight
+minutes of one core for each seed):
 
         --config.width=8 --config.images.size=14 \\
         --config.images.train='train[:10000]' --config.stages[0].epochs=3 \\
