@@ -59,7 +59,7 @@ def binarize(
         returned. A site that it does not fit has none, and the report says so.
       gradient: of the signs of inputs, one of those of `quantize.binary`.
       ends: bits of the first and the last layer of the network, 32: real. None: they
-        are as the others. Below 32 they wait for `batches`.
+        are as the others. Below 32 they wait for `batches`, and have no link.
       shift: learn what is added to each channel before its sign (ReActNet's RSign).
       activation: in the place of ReLUs in front of the chosen sites: "identity",
         "hardtanh", "prelu" (ReActNet's RPReLU), or "keep". None: "identity" in front
@@ -104,6 +104,14 @@ def binarize(
         every = {**{name: value for name, (value, _) in given.items()}, **user}
         sites, rows = _plan.choose(rewriter, *quantizers, where, every)
         rows = [_row(r, given) for r in rows]
+        sites = {n: pair for n, pair in sites.items() if n not in given}  # no ends
+        if not sites:
+            raise errors.RefusedError(
+                "only the first and the last layer are left.",
+                path=rows[0].path,
+                operation=NAME,
+                remedy="Choose others with `where` and `overrides`.",
+            )
         kind = activation or "identity"
         signed = [n for n, (_, q_x) in sites.items() if _binary.signs(q_x)]
         asked: dict[str, Any] = {
@@ -124,7 +132,11 @@ def binarize(
         out = _insert.insert(
             *quantizers, where=where, overrides=every, batches=batches, padding=padding
         )(out)
-        kept = [r for r in out.report[before:] if r.transform != "quantize.insert"]
+        kept = [
+            r
+            for r in out.report[before:]
+            if r.transform != "quantize.insert" or r.requested == "batches"
+        ]
         report = (*out.report[:before], *rows, *more, *kept)
         return out.replace(report=report)
 
@@ -204,8 +216,7 @@ def _exceptions(
         for name, value in found.items()
         if name in rewriter.names and not any(trees.matches(g, name) for g in user)
     }
-    left = rewriter.names - {name for name, (value, _) in found.items() if not value}
-    if not left:
+    if not rewriter.names - set(found):
         name, (_, why) = next(iter(found.items()))
         raise errors.RefusedError(
             f"no site is left to quantize: it is {why}"

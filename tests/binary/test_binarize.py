@@ -332,8 +332,10 @@ def test_the_ends_stay_real_and_exceptions_are_told():
     assert reasons["params/c"] == "the last layer; ends=32"
     kept = [p for p in reasons if p.startswith("relu #")]
     assert len(kept) == 1 and reasons[kept[0]]  # the gate; the first ReLU gave way
-    some = cj.binary.binarize(ends=8, overrides={"c": None}, batches=[(x,)])(model)
+    eight = {"ends": 8, "overrides": {"c": None}, "batches": [(x,)]}
+    some = cj.binary.binarize(link=cj.binary.elastic_link(), **eight)(model)
     assert dict(some.bits) == {"params/a": (8, 8), "params/b": (1, 1)}
+    assert list(some.variables["binarize"]) == ["params/b"]
     step_one = cj.binary.binarize(weights="real")(model)
     assert dict(step_one.bits) == {"params/b": (32, 1)}
     step_two = cj.binary.binarize(inputs="real")(step_one)
@@ -351,6 +353,7 @@ def test_the_ends_stay_real_and_exceptions_are_told():
     assert all(r.achieved == "keep" for r in few.report if r.path.startswith("relu"))
     for wrong, message in (
         ({"where": "a"}, "no site is left"),
+        ({"ends": 8, "overrides": {"b": None}}, "only the first and the last"),
         ({"activation": "relu"}, "identity"),
         ({"link": "elastic"}, "elastic_link"),
         ({"ends": 1}, "from 2 to 32"),
