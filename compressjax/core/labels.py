@@ -79,6 +79,10 @@ class LabelledVariables:
       reasons: {class: why it is frozen}; a class that is not there may be pruned.
       uses: the weights' axes in products, in order of execution.
       class_of: i64[labels], the class of each label (the labels in `uses`).
+      own: {(leaf, axis): i64[n]}, the class of each index by what variables alone unite
+        (a mask and the weight it lies on), before any data meets them: the two axes of
+        a square weight stay apart.
+      own_of: i64[labels], that class of each label.
     """
 
     paths: tuple[str, ...]
@@ -87,6 +91,8 @@ class LabelledVariables:
     reasons: dict[int, str]
     uses: tuple[Use, ...]
     class_of: np.ndarray
+    own: dict[tuple[int, int], np.ndarray]
+    own_of: np.ndarray
 
 
 class Engine:
@@ -97,6 +103,8 @@ class Engine:
         self.count = 0
         self.left: list[np.ndarray] = []
         self.right: list[np.ndarray] = []
+        self.known: list[bool] = []  # which of the edges no data was needed for
+        self.on_data = False
         self.frozen: list[tuple[np.ndarray, Any]] = []
         self.uses: list[tuple[int, str, np.ndarray, Any]] = []
         self.where: Any = ("", None, ())
@@ -125,6 +133,7 @@ class Engine:
     def unite(self, a: np.ndarray, b: np.ndarray) -> None:
         self.left.append(a.ravel())
         self.right.append(b.ravel())
+        self.known.append(not self.on_data)
 
     def join(self, a: Entry, b: Entry, contracted: bool = False) -> Entry:
         """The entry of an axis on which two values meet, index by index."""
@@ -229,7 +238,10 @@ class Engine:
         from compressjax.core import label_rules
 
         rule = label_rules.RULES.get(eqn.primitive.name, label_rules.unknown)
-        return rule(self, eqn, ins)
+        outside, self.on_data = self.on_data, any(v.kind == DATA for v in ins)
+        outs = rule(self, eqn, ins)
+        self.on_data = outside
+        return outs
 
     def explain(self, where: Any) -> str:
         """The text of a reason."""
@@ -286,25 +298,32 @@ def label_variables(
         if id(where) not in texts:
             texts[id(where)] = engine.explain(where)
         reasons[c] = texts[id(where)]
-    classes = {
-        (leaf, axis): class_of[entry]
+    own_of = components(engine, known=True)
+    entries = {
+        (leaf, axis): entry
         for leaf, value in enumerate(variables)
         for axis, entry in enumerate(value.axes)
         if not isinstance(entry, int)
     }
+    classes = {key: class_of[entry] for key, entry in entries.items()}
+    own = {key: own_of[entry] for key, entry in entries.items()}
     uses = tuple(
         Use(leaf, role, labels, engine.scope(where[1], where[2]))
         for leaf, role, labels, where in engine.uses
     )
     shapes = tuple(a.shape for a in avals[:n])
-    return LabelledVariables(traced.paths, shapes, classes, reasons, uses, class_of)
+    return LabelledVariables(
+        traced.paths, shapes, classes, reasons, uses, class_of, own, own_of
+    )
 
 
-def components(engine: Engine) -> np.ndarray:
-    """The connected component of each label."""
-    if not engine.left:
+def components(engine: Engine, *, known: bool = False) -> np.ndarray:
+    """The connected component of each label; known: by edges without data alone."""
+    chosen = [i for i, free in enumerate(engine.known) if free or not known]
+    if not chosen:
         return np.arange(engine.count)
-    left, right = np.concatenate(engine.left), np.concatenate(engine.right)
+    left = np.concatenate([engine.left[i] for i in chosen])
+    right = np.concatenate([engine.right[i] for i in chosen])
     edges = coo_array(
         (np.ones(len(left), np.int32), (left, right)),
         shape=(engine.count, engine.count),

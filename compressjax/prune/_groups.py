@@ -219,7 +219,8 @@ def _roles(found: labels.LabelledVariables, keys: list[tuple[int, int]]):
     """Role of each leaf axis ("out" produces, "in" consumes), and when it first ran.
 
     A use names its leaf, and the labels of the axis; labels may have come from another
-    leaf that met the weight (a mask), so the axis is the one with the same classes.
+    leaf that met the weight (a mask). The axis is the one that variables alone tie to
+    these labels; where that says nothing, one with the same classes.
     """
     index = {k: i for i, k in enumerate(keys)}
     sets = [labels.distinct(found.classes[k]) for k in keys]
@@ -233,8 +234,10 @@ def _roles(found: labels.LabelledVariables, keys: list[tuple[int, int]]):
             for a in axes
             if _inside(wanted, sets[index[use.leaf, a]])
         ]
-        free = [a for a in matching if roles.get(a, use.role) == use.role]
-        # A square weight has equal classes on both sides: outputs come last.
+        own = found.own_of[use.labels]
+        exact = [a for a in matching if np.isin(own, found.own[keys[a]]).all()]
+        free = [a for a in exact or matching if roles.get(a, use.role) == use.role]
+        # A symmetric weight (w + w.T) has equal classes on both sides: outputs last.
         for a in free[-1:] if use.role == "out" else free[:1]:
             roles.setdefault(a, use.role)
             order.setdefault((a, use.role), when)

@@ -218,3 +218,38 @@ def test_weights_in_branches_and_loops_are_listed_frozen(place):
     assert f"{place}: no rule carries channels" in inner.reason
     with pytest.raises(errors.RefusedError, match=f"params/b: {place}"):
         prune.channels(0.5, where="b")(model)
+
+
+@pytest.mark.parametrize("layout", ["OI", "IO", "OIHW"])
+def test_axes_of_a_square_weight_behind_a_residual_sum(layout):
+    """h + f(h w): what writes the stream and what reads it are axes of one leaf."""
+    rng = np.random.default_rng(0)
+    out, taps = layout.index("O"), (1, 1) * ("H" in layout)
+
+    def product(x, w):
+        if taps:
+            return lax.conv(x, w, (1, 1), "SAME")
+        return x @ (w if out else w.T)
+
+    def apply(v, x):
+        h = jax.nn.relu(product(x, v["params"]["a"]))
+        h = h + jax.nn.relu(product(h, v["params"]["w"]))
+        return product(h, v["params"]["o"])
+
+    sizes = {"a": (8, 4), "w": (8, 8), "o": (4, 8)}  # (outputs, inputs)
+    params = {
+        k: rng.normal(size=(io if out == 0 else io[::-1]) + taps).astype(np.float32)
+        for k, io in sizes.items()
+    }
+    model = law.model_of(apply, params, spec(2, 4, *taps))
+    rows = [np.moveaxis(params[k], out, 0).reshape(8, -1) for k in ("a", "w")]
+    want = sum(np.abs(w.astype(np.float64)).sum(1) for w in rows)
+    sparse = prune.weights("2:4", where="params/w")(model)
+    for m, pruned in ((model, False), (sparse, True)):  # a mask lies on w, or none
+        group = prune.groups(m)[0]
+        assert group.producers == (("params/a", out), ("params/w", out))
+        assert set(group.consumers) == {("params/w", 1 - out), ("params/o", 1 - out)}
+        if not pruned:
+            np.testing.assert_allclose(prune.scores.l1(m, group), want, rtol=1e-6)
+    live = np.moveaxis(np.asarray(sparse.variables["params"]["w"]) != 0, out, 0)
+    np.testing.assert_array_equal(live.reshape(8, 2, 4).sum(-1), 2)  # along inputs
