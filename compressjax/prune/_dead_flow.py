@@ -181,7 +181,9 @@ class Flow:
             return VARIES if _padded(eqn) else ins[0]
         if name == "dot_general":
             data = [a for a in eqn.invars if not self.program.is_known(a)]
-            free = [self.of(a) for a in data if self.g in self.walk.on(a)]
+            # Of what is summed over, a dead channel is one term: others remain.
+            rest = [(a, _not_summed(eqn, a)) for a in data]
+            free = [self.of(a) for a, axes in rest if self.g in self.walk.on(a, axes)]
             return ZERO if ZERO in free else VARIES
         if name == "mul":
             return ZERO if ZERO in ins else worst
@@ -241,6 +243,11 @@ def _summed(eqn: Any, atom: Any) -> tuple[int, ...]:
     contracted = eqn.params["dimension_numbers"][0]
     sides = [side for side, a in enumerate(eqn.invars) if a is atom]
     return tuple(axis for side in sides for axis in contracted[side])
+
+
+def _not_summed(eqn: Any, atom: Any) -> tuple[int, ...]:
+    gone = _summed(eqn, atom)
+    return tuple(a for a in range(atom.aval.ndim) if a not in gone)
 
 
 def _padded(eqn: Any) -> bool:

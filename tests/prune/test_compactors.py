@@ -317,3 +317,25 @@ def test_the_longest_column_stays_and_nan_is_refused():
         cj.prune.convert()(broken)
     with pytest.raises(errors.NoMatchError, match="compactors"):
         cj.prune.convert()(GATED)
+
+
+def test_a_residual_branch_without_bias_or_norm_takes_the_matrix_too():
+    """h + relu(h w): a dead channel of h is a term of h w, not a channel of it."""
+    rng = np.random.default_rng(0)
+    sizes = {"a": (5, 8), "w": (8, 8), "o": (8, 2)}
+    p = {k: np.float32(rng.normal(size=s)) for k, s in sizes.items()}
+
+    def net(p, x):
+        h = jax.nn.relu(x @ p["a"])
+        return (h + jax.nn.relu(h @ p["w"])) @ p["o"]
+
+    x = np.float32(rng.normal(size=(4, 5)))
+    model = cj.prune.compactors("params/a")(cj.from_function(net, p, x))
+    assert [r.achieved for r in model.report] == ["params/a, params/w"]
+    (path,) = _compactors.sizes(model)
+    q = np.diag(np.arange(8) % 2)  # [:, ::2] zero
+    small = cj.prune.convert()(with_kernels(model, lambda path, n: q))
+    h = np.maximum(x.astype(np.float64) @ p["a"] @ q, 0)
+    want = (h + np.maximum(h @ p["w"] @ q, 0)) @ p["o"]
+    np.testing.assert_allclose(run(small, x), want, rtol=1e-4, atol=1e-5)
+    assert cj.costs.count(small).macs == 4 * 5 + 4 * 4 + 4 * 2
