@@ -8,8 +8,8 @@ The second command prints the gates of these runs: for each block the standard d
 of its gates from image to image (mean over channels), and their mean. "start": in
 training mode, random weights W2 in both (SEv2 starts at W2 = 0, where all gates are 1);
 "end": in evaluation mode, after training. Gates of SE lie in 0..1, those of SEv2 in
-0..2. The order of the pictures is another in each stage. A size for two cores (RESULTS.md
-has its numbers; five minutes of one core for each seed):
+0..2. The order of the pictures is another in each stage. A size for two cores
+(RESULTS.md has its numbers; five minutes of one core for each seed):
 
         --config.network=resnet8 --config.width=16 \\
         --config.images.train='train[:10000]' --config.stages[0].epochs=5 \\
