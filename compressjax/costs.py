@@ -16,10 +16,10 @@
     memory   the same bytes, by the bits of the numbers in them
 
 Everything is read from the trace and from the Model: bits from `Model.bits`, masks from
-the collection "masks", integer codes from the type of the leaf; a row of uint8 holds
-packed codes, as many as the operand has. No data is needed, except that of the masks.
-A float has the bits of its type. The network's own input, where a site reads it as a
-float, has 8 bits once the network is quantized.
+the collection "masks", integer codes from the type of the leaf; a row of uint8 or
+uint32 holds packed codes, as many as the operand has. No data is needed, except that of
+the masks. A float has the bits of its type. The network's own input, where a site reads
+it as a float, has 8 bits once the network is quantized.
 """
 
 import dataclasses

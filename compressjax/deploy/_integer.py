@@ -31,7 +31,14 @@ byte; else sum u (v - z_c) = sum u v - z_c sum u, and sum u is a product with on
 Odd codes (-1 and +1) take one bit less than their range, and a codebook of up to 16
 levels (powers of two) is stored as indices, where the Model's bits say so.
 
-Papers: Jacob et al., CVPR 2018, arXiv 1712.05877.
+Where both operands are signs (`quantize.binary`, `binary.binarize`), the sums are exact
+integers of packed words (`_xnor`), on a TPU of bytes. What follows them stays float as
+it was written, y = float32(acc) s_x s_c first: norms, links, shifts, activations. It is
+computed in one pass with its neighbours. Only a sign behind per-channel steps alone is
+a comparison of acc with an integer (`_thresholds`).
+
+Papers: Jacob et al., CVPR 2018, arXiv 1712.05877; Rastegari et al., XNOR-Net, arXiv
+1603.05279.
 Differs: a float32 multiplier, not an integer multiplier and a shift; residual sums keep
 more than 8 bits, as in the fake-quantized network, whose sums are not quantized.
 """
@@ -81,11 +88,12 @@ def integer(
 
     Returns:
       Model -> Model. variables: {"integer": weights under the path of their leaf, as
-      int8 codes, or as bytes of packed codes where the range of the quantizer has fewer
-      than 8 bits; "requantization": biases, multipliers and scales by site; and the
-      float leaves still needed}. Its function is jitted and for evaluation only. The
-      integers do not depend on `tune` or `choices`. The report says for each site what
-      is stored; `bits` gains what the quantizers' ranges say.
+      int8 codes, as bytes of packed codes where the range of the quantizer has fewer
+      than 8 bits, or as uint32 words of 32 signs; "requantization": biases,
+      multipliers, scales and thresholds by site; and the float leaves still needed}.
+      Its function is jitted and for evaluation only. The integers do not depend on
+      `tune` or `choices`. The report says for each site what is stored; `bits` gains
+      what the quantizers' ranges say.
 
     Raises:
       RefusedError: if no site has both operands quantized to 8 bits or less; with

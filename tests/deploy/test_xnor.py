@@ -143,7 +143,11 @@ def test_products_equal_numpy(products):
     got, wanted = packed(x), expected(params, x)
     for name, y in wanted.items():
         np.testing.assert_array_equal(got[name], y, err_msg=name)
-    counted = {r.name.split("/", 1)[1]: r for r in cj.costs.count(packed).rows}
+    costs = cj.costs.count(packed)
+    assert (costs.ops * 64, sum(costs.memory.values())) == (costs.macs, costs.bytes)
+    assert costs.memory[1] == sum(-(-w.size // 8) for w in params.values())
+    assert "OPs" in str(cj.costs.report(packed))
+    counted = {r.name.split("/", 1)[1]: r for r in costs.rows}
     for name, w in params.items():
         words = packed.variables["integer"][name]
         assert (words.dtype == np.uint32) == (name in WHOLE), name
