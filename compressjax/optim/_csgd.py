@@ -75,7 +75,9 @@ def csgd(
       **options: of `prune.groups`.
 
     Returns:
-      An Optax transformation without state, over ``model.select_trainable()``.
+      An Optax transformation without state, over ``model.select_trainable()``. Leaves
+      may be sharded over meshes with Auto axes; on Explicit axes JAX raises a
+      ShardingTypeError where the channels are split: replicate these.
 
     Raises:
       NoMatchError: a name is no group; or no clusters are given nor noted.

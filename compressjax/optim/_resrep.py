@@ -76,7 +76,8 @@ def resrep(
 
     Returns:
       An Optax transformation over the trained collections, ``{"params": ...}``. All
-      of its state are arrays.
+      of its state are arrays. Compactors may be sharded over meshes with Auto axes; on
+      Explicit axes JAX raises a ShardingTypeError where they are split: replicate them.
 
     Raises:
       NoMatchError: if the Model, or at `init` the tree, has no compactors.
