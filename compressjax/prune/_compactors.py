@@ -22,7 +22,7 @@ from jax import lax
 
 from compressjax.core import errors, trees
 from compressjax.core import trace as tracing
-from compressjax.core.model import Model, Row, Step, Transform, fresh_name
+from compressjax.core.model import Model, Row, Step, Transform, expect, fresh_name
 from compressjax.merge import _program
 from compressjax.merge._places import Place, locate
 from compressjax.prune._groups import ChannelGroup, groups, matching
@@ -66,7 +66,8 @@ def compactors(
 
     Raises:
       NoMatchError: `where`, or a pattern of `exclude`, selects no group.
-      RefusedError: no selected group can take one, with the reasons.
+      RefusedError: no selected group can take one, with the reasons; or the Model has
+        compactors already: one call inserts them all, and `optim.resrep` drives all.
 
     Differs: any network, residual sums included; the official code puts compactors
     inside blocks alone: exclude the groups of the sums for its runs. Calls inside the
@@ -83,33 +84,42 @@ def compactors(
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
 
     def transform(model: Model) -> Model:
+        held = sorted(sizes(expect(model)).keys() & set(trees.paths(model.variables)))
+        if held:
+            raise errors.RefusedError(
+                "the Model has compactors already.",
+                path=held[0],
+                operation=NAME,
+                remedy="Insert all of them in one call (where=, exclude=), or merge "
+                "these first with cj.prune.convert().",
+            )
         found = groups(model, attention=attention, grouped=grouped)
         chosen, rows = _plan(model, found, where, patterns)
         collection = _collection(model)
         key = fresh_name("compactors", model.variables[collection])
-        kernels, places, sizes = {}, {}, {}
+        kernels, places, widths = {}, {}, {}
         leaves = trees.flat(model.variables)
         for group, name, at in chosen:
             path = f"{name}/kernel"
             places[path] = at
-            sizes[f"{collection}/{key}/{path}"] = group.size
+            widths[f"{collection}/{key}/{path}"] = group.size
             kernels[path] = _identity(group, leaves[group.paths[0]])
         cost = polynomial(model, [group for group, *_ in chosen])
-        held = {**model.variables[collection], key: trees.unflat(kernels)}
+        params = {**model.variables[collection], key: trees.unflat(kernels)}
         step = Step.of(
             NAME,
             where=where,
             exclude=patterns,
             attention=attention,
             grouped=grouped,
-            sizes=sizes,
-            order=list(sizes),
+            sizes=widths,
+            order=list(widths),
             terms=cost.terms,
         )
         return model.then(
             step,
             report=rows,
-            variables={**model.variables, collection: held},
+            variables={**model.variables, collection: params},
             apply_fn=_compacted(model, collection, key, places),
         )
 

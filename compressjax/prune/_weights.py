@@ -25,6 +25,7 @@ import numpy as np
 
 from compressjax.core import errors, sites, trace, trees
 from compressjax.core.model import Model, Row, Step, Transform, expect, fresh_name
+from compressjax.prune import _compactors
 from compressjax.prune._groups import groups
 from compressjax.prune._mask import held
 
@@ -56,7 +57,8 @@ def weights(
       scope: "local": the same fraction of every leaf. "global": one ranking of all.
       score: ``score(path, leaf) -> array`` like the leaf, or {path: array}; highest
         stay, first of equals. Default: magnitude. Of a block, the mean counts.
-      where: glob over the leaves of sites; biases and norms are none.
+      where: glob over the leaves of sites; biases and norms are none, and the matrices
+        of `prune.compactors` stay whole: `optim.resrep` masks their columns.
       exclude: a glob, or several, of leaves to leave alone.
 
     Raises:
@@ -140,7 +142,8 @@ def _chosen(
 ) -> list[str]:
     """Paths of the weights of sites, trained and floating, that the globs select."""
     found = sites.find(trace.trace_model(model), model.trainable).sites
-    known = {s.leaf: None for s in found if s.leaf}
+    ours = _compactors.sizes(model)
+    known = {s.leaf: None for s in found if s.leaf and s.leaf not in ours}
     known = [
         p
         for p in known

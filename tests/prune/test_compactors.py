@@ -319,6 +319,22 @@ def test_the_longest_column_stays_and_nan_is_refused():
         cj.prune.convert()(GATED)
 
 
+def test_a_second_insertion_is_refused_until_the_first_is_merged():
+    """`optim.resrep` would drive the last one alone."""
+    first = cj.prune.compactors("params/a")(GATED)
+    with pytest.raises(errors.RefusedError, match="has compactors already.*one call"):
+        cj.prune.compactors()(first)
+    again = cj.prune.compactors("params/a")(cj.prune.convert()(first))
+    assert _compactors.macs(again).names == ("params/compactors/a/kernel",)
+    # A mask of single weights leaves the matrices whole, and refuses them by name.
+    sparse = cj.prune.weights(0.5)(first)
+    (path,) = _compactors.sizes(first)
+    np.testing.assert_array_equal(trees.flat(sparse.variables)[path], np.eye(4))
+    assert path not in sparse.variables["masks"]
+    with pytest.raises(errors.NoMatchError):
+        cj.prune.weights(0.5, where="params/compactors/**")(first)
+
+
 def test_a_residual_branch_without_bias_or_norm_takes_the_matrix_too():
     """h + relu(h w): a dead channel of h is a term of h w, not a channel of it."""
     rng = np.random.default_rng(0)
