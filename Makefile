@@ -29,6 +29,8 @@ bench: $(VENV)/.train
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.reparam
 	$(BIN)/python -m benchmarks.pruning
+	$(BIN)/python -m benchmarks.qat
+	$(BIN)/python -m benchmarks.binary
 
 $(VENV)/.train: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
