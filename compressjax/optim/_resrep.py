@@ -199,20 +199,29 @@ def _macs(cost: Polynomial, widths: Any) -> Any:
     return jnp.sum(m * jnp.prod(factors, axis=-1))
 
 
-def _bound(cost: Polynomial, target: float) -> float:
-    """target * full, less what rounding could hide where floats are not exact."""
-    full = cost(cost.full)
+def _rounding(cost: Polynomial) -> float:
+    """How far `_macs` may be off, relatively; 0 where floats are exact."""
     info = jnp.finfo(jnp.zeros((), float).dtype)
-    if full < 2 ** (info.nmant + 1):
-        return math.floor(target * full + 1e-9)
-    return target * full * (1 - float(info.eps) * (len(cost.terms) + len(cost.full)))
+    exact = cost(cost.full) < 2 ** (info.nmant + 1)
+    return 0.0 if exact else float(info.eps) * (len(cost.terms) + len(cost.full))
+
+
+def _bound(cost: Polynomial, target: float) -> float:
+    """target * full, less what rounding could hide."""
+    wanted, off = target * cost(cost.full), _rounding(cost)
+    return wanted * (1 - off) if off else math.floor(wanted + 1e-9)
+
+
+def surely_met(cost: Polynomial, target: float) -> float:
+    """MACs at which `choose` stops, whatever rounding does."""
+    return _bound(cost, target) * (1 - _rounding(cost))
 
 
 def _check(cost, target, lasso, start, interval, granularity, keep_at_least) -> None:
     if not 0 < target <= 1:
         raise ValueError(f"target={target} is outside 0 < target <= 1.")
-    if not lasso >= 0:
-        raise ValueError(f"lasso={lasso}: give a number that is not negative.")
+    if not 0 <= lasso < math.inf:
+        raise ValueError(f"lasso={lasso}: give a finite number that is not negative.")
     for name, value, least in (
         ("start", start, 0),
         ("interval", interval, 1),

@@ -10,15 +10,15 @@ ten times as fast as 0.9.
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import optax
 
 from compressjax.core import trees
 from compressjax.core.model import Model, expect
+from compressjax.optim import _resrep
 from compressjax.optim._resrep import resrep
 from compressjax.optim._resrep_budget import resrep_budget
+from compressjax.optim._resrep_worst import most_masked
 from compressjax.prune import _compactors
-from compressjax.prune._widths import Polynomial
 
 
 def resrep_sgd(
@@ -53,8 +53,11 @@ def resrep_sgd(
       threshold: norm below which `prune.convert` calls a column dead.
 
     Raises:
-      RefusedError: from `resrep_budget`, with its numbers. The last column is taken to
-        be masked when the cheapest channels go first.
+      RefusedError: from `resrep_budget`, with its numbers. Checked is the column that
+        is masked last before the target is first met, in the order of norms that takes
+        the most columns (`_resrep_worst`: exact, or, where that takes too long, more
+        columns than it can be). Not checked: a column that takes another's place after
+        that, because norms have changed.
 
     >>> import optax
     >>> m = cj.from_function(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"],
@@ -71,8 +74,9 @@ def resrep_sgd(
     first = resrep(
         model, target=target, lasso=lasso, keep_at_least=keep_at_least, **options
     )
-    count = _removals(cost, target, keep_at_least)
-    if count:
+    bound = _resrep.surely_met(cost, target)
+    count, _ = most_masked(cost, bound, keep_at_least)
+    if target < 1 and count:
         resrep_budget(
             steps,
             learning_rate,
@@ -87,31 +91,6 @@ def resrep_sgd(
     return optax.chain(
         first, _split(cost.names, optax.sgd(learning_rate, momentum=momentum), rest)
     )
-
-
-def _removals(cost: Polynomial, target: float, keep_at_least: int = 1) -> int:
-    """How many channels go until the target is met, if the cheapest go first.
-
-    The cheapest of each moment, which is the slow way there.
-
-    >>> poly = cj.prune.polynomial(
-    ...     m := cj.from_function(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"],
-    ...         {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((1, 3))),
-    ...     cj.prune.groups(m)[:1])
-    >>> _removals(poly, 0.5)
-    2
-    """
-    m, c, k = (a.astype(float) for a in cost.matrices())
-    widths, full = np.array(cost.full), cost(cost.full)
-    taken = 0
-    while cost(widths.tolist()) > target * full:
-        factors = c + (k * widths).sum(-1)
-        open_ = np.flatnonzero(widths > keep_at_least)
-        fewer = factors[..., None] - k  # the factors with one channel less, per group
-        saved = (m[:, None] * (factors.prod(-1)[:, None] - fewer.prod(1))).sum(0)
-        widths[open_[np.argmin(saved[open_])]] -= 1
-        taken += 1
-    return taken
 
 
 def _split(

@@ -11,7 +11,7 @@ import pytest
 
 import compressjax as cj
 from compressjax.core import errors, trees
-from compressjax.optim import _resrep, _resrep_sgd
+from compressjax.optim import _resrep, _resrep_worst
 from compressjax.prune import _compactors
 from compressjax.prune._widths import Polynomial
 
@@ -155,6 +155,22 @@ def test_choice_of_masks_against_the_walk_with_least_widths_and_unmasking():
     assert TOY(widths) <= 0.4 * TOY(TOY.full)
 
 
+def test_masks_that_do_are_exchanged_however_many_it_takes():
+    """100 a + b <= 210: three of a do; in another order it takes 19 of b and 2 of a."""
+    cost = Polynomial(
+        ("a", "b"),
+        (4, 20),
+        tuple((m, ((0, ((g, 1),)),)) for g, m in [(0, 100), (1, 1)]),
+    )
+    norms = [np.full(4, 2.0, np.float32), np.arange(20, dtype=np.float32) / 20]
+    live = [np.arange(4) < 1, np.ones(20, bool)]
+    choose = jax.jit(lambda n, m: _resrep.choose(cost, n, m, 0.5, 4, 1))
+    a, b = choose(norms, live)
+    assert a.tolist() == [False, False, True, True] and b.tolist() == [False] * 19 + [
+        True
+    ]
+
+
 def cosine(steps, rate=0.05):
     """In float64: how a ringing column ends depends on every bit."""
     return lambda t: rate * 0.5 * (1 + np.cos(np.pi * t / steps))
@@ -177,11 +193,58 @@ def test_budget_reproduces_the_worked_examples():
     # Officially 10,000 steps for a length of 1; a constant rate rings on above 1e-5.
     with pytest.raises(errors.RefusedError, match="ring on at"):
         budget(20_000, 0.01)
+    # This one ends at 2.5e-6 by chance: a length near 1 would ring on.
+    with pytest.raises(errors.RefusedError, match=r"ends at 2.5e-06 .* ring on at 3.5"):
+        budget(20_000, 0.009, threshold=3e-5)
     b = budget(20_000, 0.01, threshold=5e-5)
     assert b.budget == pytest.approx(2.0) and b.length < b.amplitude
     assert 10_000 < b.settled < 11_500
     with pytest.raises(errors.RefusedError, match="masked at step 600 of 500"):
         cj.optim.resrep_budget(500, 0.01, removals=13)
+
+
+def test_the_last_mask_is_that_of_the_worst_order():
+    """Against all widths, and for one network the real schedule in that order."""
+    rng = np.random.default_rng(1)
+    cases = [((43, 11, 39), (3 * 16, 16, 1, 164), 0, 0.3, 1)]
+    for i in range(8):
+        sizes = tuple(rng.integers(4, 25, 3).tolist())
+        costs = tuple((2 ** rng.integers(0, 9, 4)).tolist())
+        cases.append((sizes, costs, i % 3 * 8, (0.3, 0.5, 0.7)[i % 3], 1 + i % 2))
+    late = 0
+    for full, (first, ab, bc, last), skip, target, least in cases:
+        a, b, c = (((g, 1),) for g in range(3))
+        terms = [(first, ((0, a),)), (ab, ((0, a), (0, b))), (bc, ((0, b), (2, c)))]
+        terms += [(last, ((0, c),)), (7, ())] + [(skip, ((0, a), (0, c)))] * (skip > 0)
+        cost = Polynomial(("a", "b", "c"), full, tuple(terms))
+        w = np.stack(np.meshgrid(*[np.arange(least, n + 1) for n in full]), -1)
+        x, y, z = w.reshape(-1, 3).T
+        price = first * x + ab * x * y + bc * y * (z + 2) + last * z + skip * x * z + 7
+        above = price > (bound := target * cost(full))
+        if above.all():  # a target that cannot be met
+            continue
+        left = (x + y + z)[above]
+        want = sum(full) - left.min() + 1
+        got = _resrep_worst.most_masked(cost, bound, least)
+        assert got == (want, True)
+        assert want <= _resrep_worst.most_masked(cost, bound, least, boxes=0)[0]
+        # In that order of norms the choices go on masking until then.
+        widths = w.reshape(-1, 3)[above][left.argmin()]
+        norms = [
+            np.where(np.arange(n) < k, 1, 0.5)
+            for n, k in zip(full, widths, strict=True)
+        ]
+        norms, masked = np.concatenate(norms), np.zeros(sum(full), bool)
+        choices = 0
+        while (
+            cost([int(m.sum()) for m in np.split(~masked, np.cumsum(full)[:-1])])
+            > bound
+        ):
+            masked = ~walk(cost, norms, masked, target, 3, least)
+            choices += 1
+        assert choices == -(-want // 3)
+        late += 1
+    assert late > 5
 
 
 def labels(x):
@@ -240,15 +303,17 @@ def test_refusals_and_state():
     model = network()
     with pytest.raises(ValueError, match="keep_at_least=5 .* are left"):
         cj.optim.resrep(model, target=0.3, keep_at_least=5)
+    for lasso in (math.nan, math.inf, -1.0):
+        with pytest.raises(ValueError, match="lasso=.* finite"):
+            cj.optim.resrep(model, target=0.5, lasso=lasso)
     with pytest.raises(errors.NoMatchError, match="no compactors"):
         cj.optim.resrep(cj.from_function(mlp, {"a": X}, X), target=0.5)
     tx = cj.optim.resrep(model, target=0.5)
     with pytest.raises(errors.NoMatchError, match="compactor"):
         tx.init({"params": {"a": X}})
-    with pytest.raises(errors.RefusedError, match=r"the last of \d+ columns is masked"):
-        cj.optim.resrep_sgd(model, 0.01, 1000, target=0.5)
     cost = _compactors.macs(model)
-    count = _resrep_sgd._removals(cost, 0.5)
-    assert 4 <= count <= 10
+    worst, _ = _resrep_worst.most_masked(cost, 0.5 * cost(cost.full), 1)
+    with pytest.raises(errors.RefusedError, match=f"the last of {worst} columns is"):
+        cj.optim.resrep_sgd(model, 0.01, 1000, target=0.5)
     arrays = jax.tree.leaves(tx.init(model.select_trainable()))
     assert all(isinstance(x, jax.Array) for x in arrays)
