@@ -41,7 +41,8 @@ def hold_masks(masks: Model | Mapping[str, Any]) -> optax.GradientTransformation
     Raises:
       RefusedError: there is no mask, or it keeps everything.
       NoMatchError: at `init`, if the tree has no leaf of that path.
-      ValueError: if `update` is called without params.
+      ValueError: at `init`, if a mask does not broadcast to the shape of its leaf; if
+        `update` is called without params.
 
     >>> params = {"params": {"w": jnp.array([1., 2.])}}
     >>> tx = optax.chain(optax.sgd(0.5), cj.optim.hold_masks(
@@ -67,6 +68,9 @@ def hold_masks(masks: Model | Mapping[str, Any]) -> optax.GradientTransformation
         for path in given:
             if path not in found and not (partial and found):
                 raise errors.no_match("leaf of a mask", path, known)
+        leaves = trees.flat(params)
+        for path, mask in found.items():
+            _check(path, mask.shape, jnp.shape(leaves[path]))
         return HoldMasksState(found)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -82,6 +86,15 @@ def hold_masks(masks: Model | Mapping[str, Any]) -> optax.GradientTransformation
         return jax.tree_util.tree_map_with_path(one, updates, params), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _check(path: str, mask: tuple[int, ...], leaf: tuple[int, ...]) -> None:
+    sides = zip(mask[::-1], leaf[::-1], strict=False)
+    if len(mask) > len(leaf) or any(m not in (1, n) for m, n in sides):
+        raise ValueError(
+            f'the mask of "{path}" has shape {mask}, the leaf {leaf}: give a bool for '
+            "each entry, or 1 on axes along which all entries share one."
+        )
 
 
 def _is_masked(x: Any) -> bool:

@@ -69,8 +69,8 @@ def test_adam_with_decay_and_a_model_of_several_masks():
         {"a": jnp.ones((4, 6)), "b": jnp.arange(12.0).reshape(6, 2)},
         jnp.ones((1, 4)),
     )
-    model = cj.prune.mask({"params/a": [0, 1, 2, 4]})(model)
     model = cj.prune.weights("1:2", where="b")(model)
+    model = cj.prune.mask({"params/a": [0, 1, 2, 4]})(model)  # knows nothing of it
     assert {"masks", "masks_1"} <= model.variables.keys()
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -124,6 +124,9 @@ def test_what_is_refused():
     tx = cj.optim.hold_masks({"params/v": MASK})
     with pytest.raises(errors.NoMatchError, match="params/v"):
         tx.init(params())
+    for wrong in (MASK[0, :2], MASK[None], MASK.T):
+        with pytest.raises(ValueError, match=r"params/w.* shape .* leaf \(2, 3\)"):
+            cj.optim.hold_masks({"params/w": wrong}).init(params())
     tx = cj.optim.hold_masks({"params/w": MASK})
     with pytest.raises(ValueError, match="needs the params"):
         tx.update(params(), tx.init(params()))
