@@ -20,6 +20,7 @@ Networks with Complicated Structure, CVPR 2019, arXiv 1904.03837, equations 3 to
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -84,7 +85,7 @@ def csgd(
       RefusedError: a group cannot be pruned. At `init`: a clustered leaf is missing in
         the tree, or is of 16 bits (differences stall: keep float32 parameters, and
         cast where they are used).
-      ValueError: a strength is not positive, or a decay negative.
+      ValueError: a strength is not positive, a decay negative, or one not finite.
 
     Differs: the newest official code pulls vectors with 0.1 eps, which leaves them
     apart in short runs (see `csgd_budget`); here they get eps unless told otherwise.
@@ -99,13 +100,14 @@ def csgd(
     """
     vectors = strength if vector_strength is None else vector_strength
     for name, value in (("strength", strength), ("vector_strength", vectors)):
-        if not value > 0:
-            raise ValueError(f"{name}={value}: give a positive number.")
-    if min(weight_decay, vector_weight_decay) < 0:
-        raise ValueError(
-            f"weight_decay={weight_decay}, vector_weight_decay={vector_weight_decay}: "
-            "give 0 or positive numbers."
-        )
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}: give a positive, finite number.")
+    for decay in (weight_decay, vector_weight_decay):
+        if not 0 <= decay < math.inf:
+            raise ValueError(
+                f"weight_decay={weight_decay}, vector_weight_decay="
+                f"{vector_weight_decay}: give 0 or positive, finite numbers."
+            )
     settings = {
         path: (axes, strength, weight_decay)
         if is_kernel

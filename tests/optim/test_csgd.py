@@ -352,6 +352,10 @@ def test_trees_that_would_train_a_cluster_in_part_are_refused():
         cj.optim.csgd(model, strength=0.1)
     with pytest.raises(ValueError, match="strength=0"):
         cj.optim.csgd(model, ids, strength=0)
+    for value in (np.nan, np.inf, -1.0):
+        for name in ("strength", "weight_decay", "vector_weight_decay"):
+            with pytest.raises(ValueError, match=f"{name}={value}.* finite"):
+                cj.optim.csgd(model, ids, **{"strength": 0.1, name: value})
 
 
 def test_the_budget_of_published_runs():
