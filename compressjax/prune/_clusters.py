@@ -60,7 +60,8 @@ def clusters(
       key: PRNG key; "kmeans" and "random" need one. Each group folds in its own name.
       filters: what "kmeans" compares: "all" filters that produce a channel, joined, or
         the "first" alone, as the authors do (their pacesetter).
-      where: glob over group names and paths of producers, for a `keep` ratio.
+      where: glob over group names and paths of producers, for a `keep` ratio; the
+        whole name of a group selects that group alone.
       exclude: a glob, or several, of groups to leave out.
       **options: of `groups`: ``attention=``, ``grouped=``.
 
@@ -83,7 +84,8 @@ def clusters(
     >>> cj.prune.clusters(m, {"params/a": 3}, kind="imbalanced")
     {'params/a': (0, 0, 0, 1, 2)}
     """
-    plan, _ = _plan(model, keep, kind, key, filters, where, exclude, options)
+    _check(keep, kind, key, filters)
+    plan, _ = _plan(model, keep, where, exclude, options)
     return {
         group.name: _partition(model, group, k, kind, key, filters)
         for group, k in plan.items()
@@ -130,6 +132,9 @@ def cluster(
     if (keep is None) == (clusters is None):
         raise TypeError("give keep, or clusters made before: one of the two.")
 
+    if keep is not None:
+        _check(keep, kind, key, filters)
+
     def transform(model: Model) -> Model:
         rows = []
         found: dict[str, Any]
@@ -138,7 +143,7 @@ def cluster(
         else:
             assert keep is not None
             args = (kind, key, filters)
-            plan, left = _plan(model, keep, *args, where, exclude, options)
+            plan, left = _plan(model, keep, where, exclude, options)
             found = {g.name: _partition(model, g, k, *args) for g, k in plan.items()}
             ratio = isinstance(keep, Mapping)
             for group in groups(model, **options):
@@ -159,32 +164,34 @@ def cluster(
     return transform
 
 
-def _plan(
-    model: Model,
-    keep: float | Mapping[str, int],
-    kind: str,
-    key: Any,
-    filters: str,
-    where: str,
-    exclude: str | Sequence[str],
-    options: Mapping[str, str],
-) -> tuple[dict[ChannelGroup, int], dict[ChannelGroup, str]]:
-    """The number of clusters of each group, and why the other groups have none."""
+def _check(keep: Any, kind: str, key: Any, filters: str) -> None:
     if kind not in KINDS:
         raise ValueError(f'kind="{kind}": choose one of {", ".join(KINDS)}.')
     if filters not in ("all", "first"):
         raise ValueError(f'filters="{filters}": choose "all" or "first".')
     if key is None and kind in ("kmeans", "random"):
         raise ValueError(f'kind="{kind}" draws at random: give key=.')
+    if isinstance(keep, Mapping):
+        return
+    if isinstance(keep, str) or not hasattr(keep, "__float__"):
+        raise TypeError(f"keep={keep!r}: give a ratio, or {{group name: width}}.")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep={keep} is outside 0 < keep <= 1.")
+
+
+def _plan(
+    model: Model,
+    keep: float | Mapping[str, int],
+    where: str,
+    exclude: str | Sequence[str],
+    options: Mapping[str, str],
+) -> tuple[dict[ChannelGroup, int], dict[ChannelGroup, str]]:
+    """The number of clusters of each group, and why the other groups have none."""
     found = groups(expect(model), **options)
     patterns = (exclude,) if isinstance(exclude, str) else exclude
     excluded = {g for p in patterns for g in matching(found, p, "exclude")}
     if isinstance(keep, Mapping):
         return _widths(found, keep, excluded)
-    if isinstance(keep, str) or not hasattr(keep, "__float__"):
-        raise TypeError(f"keep={keep!r}: give a ratio, or {{group name: width}}.")
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep={keep} is outside 0 < keep <= 1.")
     chosen = set(matching(found, where, "where"))
     plan, left = {}, {}
     for group in found:
@@ -242,14 +249,14 @@ def _partition(
         ids = np.maximum(np.arange(n) - (n - k), 0)
     elif kind == "random":
         ids = np.empty(n, int)
-        ids[_generator(key, group).permutation(n)] = runs
+        ids[generator(key, group).permutation(n)] = runs
     else:
-        ids = _k_means(filters_of(model, group, filters), k, _generator(key, group))
+        ids = _k_means(filters_of(model, group, filters), k, generator(key, group))
     return tuple(canonical(ids).tolist())
 
 
-def _generator(key: Any, group: ChannelGroup) -> np.random.Generator:
-    """Random numbers drawn from the key and the group's name."""
+def generator(key: Any, group: ChannelGroup) -> np.random.Generator:
+    """Random numbers drawn from the key and the group's whole name."""
     drawn = int(jax.random.bits(key, dtype="uint32"))
     return np.random.default_rng([drawn, *group.name.encode()])
 

@@ -283,10 +283,13 @@ def matching(
 ) -> list[ChannelGroup]:
     """Groups whose name, or a producer's path, matches; `what` names the argument.
 
+    A pattern that is the whole name of a group means that group alone, though other
+    groups (``#2``) may have a producer of this path.
+
     Raises:
       NoMatchError: none does.
     """
-    chosen = [
+    chosen = [g for g in found if g.name == pattern] or [
         g for g in found if any(trees.matches(pattern, p) for p in (g.name, *g.paths))
     ]
     if not chosen:

@@ -38,6 +38,12 @@ def test_partitions_by_hand():
     assert both == {names[0]: (0, 0, 1, 1, 2, 2, 3), names[1]: (0, 0, 1, 1)}
     drawn = prune.clusters(model, 0.6, kind="random", key=KEY)
     assert sorted(np.bincount(drawn[names[0]])) == [1, 2, 2, 2]
+    equal = stream(4)  # two groups of 4
+    many = [
+        prune.clusters(equal, 0.5, kind="random", key=jax.random.key(i))
+        for i in range(4)
+    ]
+    assert any(ids[names[0]] != ids[names[1]] for ids in many)
     assert drawn == prune.clusters(model, 0.6, kind="random", key=KEY)
     assert drawn != prune.clusters(model, 0.6, kind="random", key=jax.random.key(1))
     assert prune.clusters(model, 1.0, key=KEY)[names[0]] == tuple(range(7))
@@ -106,5 +112,11 @@ def test_requests_that_cannot_be_met_are_named():
         prune.clusters(model, 0.5, kind="kmean", key=KEY)
     with pytest.raises(TypeError, match="one of the two"):
         prune.cluster()
+    with pytest.raises(ValueError, match="keep=1.5"):  # before there is a model
+        prune.cluster(1.5, kind="even")
+    with pytest.raises(TypeError, match="keep='0.5'"):
+        prune.cluster("0.5", kind="even")
+    with pytest.raises(ValueError, match="give key="):
+        prune.cluster(0.5)
     with pytest.raises(ValueError, match=r"must be int\[6\]"):
         cj.optim.csgd(model, {"params/first": (0, 1)}, strength=0.1)
