@@ -7,13 +7,13 @@ look at data too.
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from compressjax.core import trees
 from compressjax.core.model import Model
 from compressjax.prune import _score_parts as parts
 from compressjax.prune._activation import activation as activation
+from compressjax.prune._clusters import generator
 from compressjax.prune._groups import ChannelGroup
 from compressjax.prune._score_parts import Score as Score
 from compressjax.prune._taylor import taylor as taylor
@@ -179,7 +179,7 @@ def random(key: Any) -> Score:
     """Uniform scores: the baseline every criterion must beat.
 
     Args:
-      key: PRNG key; each group folds in its own name.
+      key: PRNG key; each group has numbers of its own, by its whole name.
 
     >>> m = cj.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"],
     ...     {"a": jnp.ones((1, 3)), "b": jnp.ones((3, 1))}, jnp.ones((1, 1)))
@@ -188,8 +188,6 @@ def random(key: Any) -> Score:
     """
 
     def score(model: Model, group: ChannelGroup) -> np.ndarray:
-        number = int.from_bytes(group.name.encode()[-8:], "little") & 0x7FFFFFFF
-        mine = jax.random.fold_in(jax.random.fold_in(key, len(group.name)), number)
-        return np.asarray(jax.random.uniform(mine, (group.size,)), np.float64)
+        return generator(key, group).random(group.size)
 
     return score
