@@ -44,8 +44,8 @@ def channels(
         "global" it must be >= 0, and on one scale for all groups (`scores.normalized`).
       macs, params: what may stay: an int (of one example), or a share of the network's
         own, 0 < share <= 1. Masks of single weights save neither here.
-      cost: ``Model -> float``, such as measured seconds; called on the network as it
-        would be, some log2(number of plans) times. It should fall as channels go.
+      cost: ``Model -> float``, finite, such as measured seconds; called on the network
+        as it would be, some log2(number of plans) times. It should fall as channels go.
       budget: the largest cost.
       scope: "group": every group keeps the same share. "global": all channels in one
         ranking; those with the least score per cost go first.
@@ -55,7 +55,8 @@ def channels(
       at_least: channels that stay in every group: an int, or a share below 1 of it.
       round_to: channels kept per group are a multiple of this (hardware lanes). A group
         smaller than it stays whole, and the report says so.
-      where: glob over group names and the paths of their producers.
+      where: glob over group names and the paths of their producers; the whole name of
+        a group selects that group alone.
       exclude: a glob, or several, of groups to leave alone.
       attention: option of `groups`.
       grouped: option of `groups`.
@@ -66,8 +67,9 @@ def channels(
 
     Raises:
       NoMatchError: `where`, or a pattern of `exclude`, selects no group.
-      RefusedError: no selected group can be pruned, or the budget cannot be met.
-      TypeError: ratio is no number.
+      RefusedError: no selected group can be pruned, the budget cannot be met, or a cost
+        or a score is not finite.
+      TypeError: ratio is no number, or score no function.
       ValueError: a setting out of range, or two goals at once.
 
     >>> m = cj.from_function(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"],

@@ -18,8 +18,8 @@ def floor_of(size: int, round_to: int, at_least: float) -> int:
     """
     if round_to > size and round_to > 1:
         return size
-    if isinstance(at_least, float):
-        at_least = math.ceil(Fraction(repr(at_least)) * size)
+    if isinstance(at_least, float | np.floating):
+        at_least = math.ceil(Fraction(str(at_least)) * size)
     return min(-(-at_least // round_to) * round_to, size)
 
 

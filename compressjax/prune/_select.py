@@ -30,6 +30,7 @@ from compressjax.prune._widths import Polynomial, polynomial
 from compressjax.prune.scores import l2
 
 OPERATION = "prune.channels"
+REAL = float | np.floating
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Wish:
             goals.append("ratio")
         if len(goals) > 1:
             raise ValueError(f"{' and '.join(goals)} are given: give one of them.")
+        if not callable(self.score):
+            raise TypeError(
+                f"score={self.score!r} is a {type(self.score).__name__}, not a "
+                "function: give one of cj.prune.scores, such as scores.l2."
+            )
         for name in ("macs", "params"):
             _check_amount(name, getattr(self, name))
         if (self.cost is None) != (self.budget is None):
@@ -65,7 +71,7 @@ class Wish:
         n, least = self.round_to, self.at_least
         if n < 1 or int(n) != n:
             raise ValueError(f"round_to={n} is not a positive integer.")
-        if least <= 0 or (isinstance(least, float) and least >= 1):
+        if not least > 0 or (isinstance(least, REAL) and least >= 1):
             raise ValueError(f"at_least={least}: give an int above 0, or a share < 1.")
         if self.scope not in ("group", "global"):
             raise ValueError(f'scope={self.scope!r}: give "group" or "global".')
@@ -104,9 +110,9 @@ def _check_amount(name: str, amount: Any) -> None:
     if amount is None:
         return
     whole = isinstance(amount, int | np.integer) and not isinstance(amount, bool)
-    if not whole and not isinstance(amount, float | Fraction):
+    if not whole and not isinstance(amount, REAL | Fraction):
         raise TypeError(f"{name}={amount!r} is neither an int nor a share below 1.")
-    if amount <= 0 or (not whole and amount > 1):
+    if not amount > 0 or (not whole and amount > 1):
         raise ValueError(
             f"{name}={amount}: give an int above 0 (of one example), or a share of the "
             "network's own, 0 < share <= 1."
@@ -114,7 +120,9 @@ def _check_amount(name: str, amount: Any) -> None:
 
 
 def decimal(x: Any) -> Fraction:
-    """The decimal that a number is written as: 0.8 is 4/5."""
+    """The decimal that a number is written as: 0.8 is 4/5, in any precision."""
+    if isinstance(x, np.floating):
+        return Fraction(str(x))
     return x if isinstance(x, Fraction) else Fraction(repr(float(x)))
 
 
@@ -280,7 +288,7 @@ def _together(model: Model, wish: Wish, found: Sequence[ChannelGroup]) -> Choice
 def _limit(wish: Wish, full: int) -> int:
     """The budget in MACs or parameters; a share is taken of the network's own."""
     amount = wish.macs if wish.goal == "macs" else wish.params
-    if isinstance(amount, float | Fraction):
+    if isinstance(amount, REAL | Fraction):
         return int(decimal(amount) * full)
     return int(amount or 0)
 
@@ -302,7 +310,7 @@ def _first_that_fits(
             widths = at(i)
             if cost is None:
                 small = _shrunk(model, widths, order)
-                values[i] = float(wish.cost(small))  # type: ignore[misc]
+                values[i] = _finite(wish.cost(small), widths)  # type: ignore[misc]
             else:
                 values[i] = cost(tuple(widths.values()))
         return values[i]
@@ -328,6 +336,20 @@ def _first_that_fits(
     return high, Row(
         OPERATION, f"{wish.goal} of the network", limit, value(high), reason
     )
+
+
+def _finite(cost: Any, widths: dict[ChannelGroup, int]) -> float:
+    if not np.isfinite(cost):
+        raise errors.RefusedError(
+            f"cost= says {cost} of the network with "
+            + ", ".join(
+                f"{k} of {g.size} in {g.name}" for g, k in [*widths.items()][:4]
+            )
+            + ", and a budget needs a finite number.",
+            operation=OPERATION,
+            remedy="Give a large number for a network that cannot be measured.",
+        )
+    return float(cost)
 
 
 def _shrunk(model: Model, widths: dict[ChannelGroup, int], order: Order) -> Model:

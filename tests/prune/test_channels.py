@@ -170,6 +170,34 @@ def test_scores_with_random_key_and_norms():
         prune.scores.l2(model.replace(variables=shapes), group)
 
 
+def test_random_scores_of_layers_with_like_names_differ():
+    model = chain(3, 8, 8, 8, 2)
+    score = prune.scores.random(jax.random.key(0))
+    each = {tuple(score(model, g)) for g in law.prunable(model)}
+    assert len(each) == 3 and all(0 <= min(s) < max(s) < 1 for s in each)
+
+
+def test_a_whole_name_selects_its_group_alone():
+    """Two readers share the outputs of one weight: two groups, a and a#2."""
+
+    def apply(v, x):
+        p = v["params"]
+        y = jnp.tanh(x @ p["a"])
+        return y[:, :2] @ p["b"] + y[:, 2:] @ p["c"]
+
+    shapes = {"a": (3, 6), "b": (2, 2), "c": (4, 2)}
+    params = {k: jnp.ones(s) for k, s in shapes.items()}
+    model = law.model_of(apply, params, jnp.ones((1, 3)))
+
+    def left(**settings):
+        p = prune.channels(0.5, **settings)(model).variables["params"]
+        return len(p["b"]), len(p["c"])
+
+    assert left(where="params/a") == left(exclude="params/a#2") == (1, 4)
+    assert left(where="params/a#2") == left(exclude="params/a") == (2, 2)
+    assert left(where="a") == left(where="params/a*") == (1, 2)
+
+
 @pytest.mark.parametrize("ratio", ["a", "0.5", None, [0.5]])
 def test_a_ratio_that_is_no_number_is_named(ratio):
     with pytest.raises(TypeError, match=r"ratio=.* is a \w+, not a number"):

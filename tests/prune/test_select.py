@@ -1,5 +1,7 @@
 """Budgets: the plan fits, it is the largest that fits, and the network has it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,6 +127,22 @@ def test_a_measured_budget():
         assert small.report[-1].achieved == cost(small) > 0.7 and len(seen) < 12
     with pytest.raises(errors.RefusedError, match=r"0.1 cost .* with every"):
         prune.channels(cost=cost, budget=0.1)(model)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(errors.RefusedError, match=f"cost= says {bad} .*40 in"):
+            prune.channels(cost=lambda m, bad=bad: bad, budget=1.0)(model)
+
+
+def test_a_network_that_is_not_what_was_planned_is_refused(monkeypatch):
+    model, planned = chain(3, 6, 4, 2), prune._select.plan
+
+    def wrong(model, wish):
+        plan = planned(model, wish)
+        return dataclasses.replace(plan, count=plan.count + 1)
+
+    monkeypatch.setattr(prune._select, "plan", wrong)
+    for goal, n in (("macs", 25), ("params", 25)):
+        with pytest.raises(errors.RefusedError, match=rf"{n - 1} {goal}, .* says {n}"):
+            prune.channels(**{goal: 0.5})(model)
 
 
 def test_what_is_refused():
@@ -133,8 +151,11 @@ def test_what_is_refused():
         prune.channels(macs=10, at_least=2)(model)
     with pytest.raises(ValueError, match="macs and ratio are given"):
         prune.channels(0.5, macs=0.5)
-    with pytest.raises(ValueError, match="share"):
-        prune.channels(macs=1.5)
+    for amount in (1.5, np.nan):
+        with pytest.raises(ValueError, match="share"):
+            prune.channels(macs=amount)
+    with pytest.raises(TypeError, match="score='l2' is a str, not a function"):
+        prune.channels(0.5, "l2")
     with pytest.raises(TypeError, match="neither an int"):
         prune.channels(params="half")
     with pytest.raises(ValueError, match="go together"):
@@ -143,12 +164,15 @@ def test_what_is_refused():
         prune.channels(0.5, scope="local")
     with pytest.raises(ValueError, match="needs scope"):
         prune.channels(macs=0.5, per="macs")
-    for bad in (0, 1.0, -0.5):
+    for bad in (0, 1.0, -0.5, np.nan, np.float32(1)):
         with pytest.raises(ValueError, match="at_least"):
             prune.channels(0.5, at_least=bad)
     nan = lambda m, g: np.full(g.size, np.nan)  # noqa: E731
     with pytest.raises(errors.RefusedError, match="6 of them not finite"):
         prune.channels(0.5, nan)(model)
+    share = np.float32(0.58)  # 29 of 50, as written; 0.58 in floats is less
+    plans = [prune._select.Wish(None, prune.scores.l2, macs=m) for m in (share, 0.58)]
+    assert [prune._select._limit(w, 50) for w in plans] == [29, 29]
     same = prune.channels(macs=1.0)(model)  # nothing to do: said, not done
     assert same.history == model.history and same.report[-1].achieved == 50
 
