@@ -30,6 +30,7 @@ from compressjax.prune._groups import groups
 from compressjax.prune._mask import held
 
 OPERATION = "prune.weights"
+MORE = "earlier masks remove more"
 WeightScore = Callable[[str, Any], Any] | Mapping[str, Any]
 Axes = tuple[tuple[int, ...], tuple[int, ...]]  # inputs, outputs
 
@@ -51,8 +52,9 @@ def weights(
     the variables at zero too.
 
     Args:
-      sparsity: fraction of the weights (or blocks) removed, 0 < sparsity < 1, decimal
-        exact, what earlier masks removed included; or "n:m", such as "2:4".
+      sparsity: fraction of the weights (or blocks) removed, 0 <= sparsity < 1, decimal
+        exact, what earlier masks removed included; or "n:m", such as "2:4". At 0 (a
+        round of a schedule that has not begun) the Model gets rows of report only.
       block: (inputs, outputs) that go together; the last one may be smaller.
       scope: "local": the same fraction of every leaf. "global": one ranking of all.
       score: ``score(path, leaf) -> array`` like the leaf, or {path: array}; highest
@@ -77,9 +79,9 @@ def weights(
     """
     pattern = _pattern(sparsity)
     fraction = Fraction(repr(float(sparsity))) if pattern is None else _gone(pattern)
-    if not 0 < fraction < 1:
-        raise ValueError(f"sparsity={sparsity} is outside 0 < sparsity < 1.")
-    if len(block) != 2 or any(n < 1 or int(n) != n for n in block):
+    if not 0 <= fraction < 1:
+        raise ValueError(f"sparsity={sparsity} is outside 0 <= sparsity < 1.")
+    if np.shape(block) != (2,) or any(n < 1 or int(n) != n for n in block):
         raise ValueError(f"block={block}: give two positive ints, (inputs, outputs).")
     if scope not in ("local", "global"):
         raise ValueError(f'scope={scope!r}: give "local" or "global".')
@@ -107,10 +109,14 @@ def weights(
                 p: _Blocks(v, block, axes.get(p, ((), ()))) for p, v in ranked.items()
             }
             kept = _least_go(views, fraction, scope)
-        kept = {
-            p: m & np.broadcast_to(old.get(p, True), m.shape) for p, m in kept.items()
-        }
+        own, kept = kept, {}
+        for path, mask in own.items():
+            kept[path] = mask & np.broadcast_to(old.get(path, True), mask.shape)
+            if (kept[path] != mask).any():
+                reasons[path] = reasons.get(path) or MORE
         rows = _rows(kept, fraction, sparsity, scope, reasons, plain)
+        if not fraction:
+            return model.replace(report=(*model.report, *rows))
         return _masked(model, kept, rows)
 
     return transform
@@ -271,7 +277,7 @@ def _rows(kept, fraction, sparsity, scope, reasons, plain) -> list[Row]:
     rows, asked = [], float(fraction)
     total = sum(m.size for m in kept.values())
     zeros = sum(m.size - int(m.sum()) for m in kept.values())
-    if not zeros:
+    if fraction and not zeros:
         why = "; ".join(f"{p}: {r}" for p, r in list(reasons.items())[:4] if r)
         raise errors.RefusedError(
             f"sparsity={sparsity} removes none of {total:,} weights. {why}".strip(),
@@ -287,7 +293,10 @@ def _rows(kept, fraction, sparsity, scope, reasons, plain) -> list[Row]:
         )
         rows.append(Row(OPERATION, path, asked, done, "" if done == asked else why))
     done = float(Fraction(zeros, total))
-    rest = "some leaves are left alone" if any(reasons.values()) else unit
+    rest = unit
+    if any(reasons.values()):
+        more = done > asked and MORE in reasons.values()
+        rest = MORE if more else "some leaves are left alone"
     rows.append(
         Row(OPERATION, "all weights", asked, done, "" if done == asked else rest)
     )

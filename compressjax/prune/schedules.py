@@ -90,6 +90,9 @@ def iterative(fraction: float) -> Schedule:
 def rounds(schedule: Schedule, n: int) -> list[float]:
     """The values of rounds 1 to n, for the stages of a config.
 
+    Rounds before a schedule begins have 0.0: `prune.weights` and `prune.channels` then
+    leave the network as it is, and say so.
+
     >>> cj.prune.schedules.rounds(cj.prune.schedules.iterative(0.5), 3)
     [0.5, 0.75, 0.875]
     """

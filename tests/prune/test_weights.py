@@ -209,6 +209,30 @@ def test_what_another_mask_removed_counts():
     assert not np.asarray(more.variables["params"]["a"])[..., 2:].any()
 
 
+def test_rounds_that_remove_nothing_and_masks_that_removed_more():
+    model, x = two_layouts(False)
+    late, wanted = prune.schedules.one_shot(0.7, at=2), [0.0, 0.7, 0.7]
+    assert prune.schedules.rounds(late, 3) == wanted
+    now = model
+    for s in wanted:
+        now = prune.weights(s, where="head")(now)
+        row = now.report[-1]
+        assert (row.requested, row.achieved) == (s, int(32 * s) / 32)
+        assert bool(row.reason) == (s > 0)  # 22 of 32
+        if s == 0:  # no mask, no step
+            assert now.apply_fn is model.apply_fn and now.history == model.history
+            np.testing.assert_array_equal(now(x), model(x))
+    before = np.asarray(now.variables["masks"]["params/head"])
+    for less in (0.0, 0.5, "2:4"):
+        held = prune.weights(less, where="head")(now)
+        mask = np.asarray(held.variables["masks"]["params/head"])
+        assert not (mask & ~before).any()
+        assert less == "2:4" or (mask == before).all()
+        for row in held.report[-2:]:
+            assert row.achieved == (~mask).mean() > row.requested
+            assert row.reason == "earlier masks remove more"
+
+
 def test_what_is_refused_or_left_alone():
     model, _ = two_layouts(False)
     with pytest.raises(errors.RefusedError, match="removes none of 32"):
@@ -224,11 +248,13 @@ def test_what_is_refused_or_left_alone():
         prune.weights(0.5, where="**/bias")(model)
     with pytest.raises(errors.RefusedError, match="shape"):
         prune.weights(0.5, score=lambda path, w: w[0])(model)
-    for bad in (0.0, 1.0, "4:2", "half", "0:4"):
+    for bad in (-0.1, 1.0, "4:2", "half", "0:4"):
         with pytest.raises(ValueError, match="sparsity"):
             prune.weights(bad)
     with pytest.raises(ValueError, match="no block"):
         prune.weights("2:4", block=(2, 2))
+    with pytest.raises(ValueError, match="block=3: give two"):
+        prune.weights(0.5, block=3)  # type: ignore
 
 
 def test_lamp_ranks_all_layers():
