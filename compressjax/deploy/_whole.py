@@ -8,8 +8,9 @@ the site. So for each form F among the choices there is a variant of the network
     without F: every site that chose F takes its next best form, if that was within
                a quarter of the time,
 
-beside the network of the first choices, and the one of XLA's own convolutions unless
-those are much slower already; all are timed in turns.
+beside the network of the first choices, the one of XLA's own convolutions, and, for
+codes, the one that multiplies bytes alone and converts no weight to a wider type,
+unless those are much slower already; all are timed in turns.
 """
 
 import math
@@ -18,7 +19,7 @@ from typing import Any
 
 _CLOSE = 1.25  # of the best time: a form that may be the better one in the network
 _MOST = 3  # variants "without"
-_HOPELESS = 2.5  # XLA's own convolutions are not tried again if this much slower
+_HOPELESS = 2.5  # networks of one kind are not tried again if this much slower
 _LEAST = 5e-4  # seconds of all sites together; below that nothing can be gained
 
 FIRST = "each alone"
@@ -57,7 +58,13 @@ def variants(
                 instead.setdefault(best, {})[family] = name
     for form in sorted(weight, key=lambda f: -weight[f])[:_MOST]:
         found[f"without {form}"] = {**first, **instead[form]}
-    own = [count[f] * dict(order).get("conv", math.inf) for f, order in ranked.items()]
-    if set(first.values()) != {"conv"} and sum(own) < _HOPELESS * sum(spent.values()):
-        found["all conv"] = dict.fromkeys(first, "conv")
+    for label, suffix in (("all conv", "conv"), ("all int8", ":int8")):
+        same = {
+            family: next((e for e in order if e[0].endswith(suffix)), ("", math.inf))
+            for family, order in ranked.items()
+        }
+        seconds = sum(count[family] * s for family, (_, s) in same.items())
+        picked = {family: name for family, (name, _) in same.items()}
+        if picked != first and seconds < _HOPELESS * sum(spent.values()):
+            found[label] = picked
     return found

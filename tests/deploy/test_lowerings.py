@@ -309,6 +309,10 @@ def test_what_is_tried_on_the_whole_network():
     assert list(tried) == ["each alone", "without im2col"]  # 8 against 3
     # A large depthwise kernel, whose convolution was not even timed.
     assert "all conv" not in _whole.variants({"a": [("fft", 1.0)]}, {"a": 1})
+    # Codes: bytes alone, though each site by itself is faster with converted weights.
+    codes = [("rows:late-bfloat16", 1.0), ("im2col:int8", 1.4), ("conv:int8", 1.5)]
+    tried = _whole.variants({"a": codes, "b": [("conv:int8", 1.0)]}, {"a": 1, "b": 1})
+    assert tried["all int8"] == {"a": "im2col:int8", "b": "conv:int8"}
     # A network of microseconds is left alone, and so is one of XLA's own forms.
     assert len(_whole.variants({"a": [("rows", 1e-6), ("taps", 1e-6)]}, {"a": 9})) == 1
     assert len(_whole.variants({"a": [("conv", 1.0)]}, {"a": 1})) == 1
