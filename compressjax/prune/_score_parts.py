@@ -8,6 +8,7 @@ import numpy as np
 
 from compressjax.core import errors, trees
 from compressjax.core.model import Model
+from compressjax.prune import _norms
 from compressjax.prune._groups import ChannelGroup, LeafAxis
 
 Score = Callable[[Model, ChannelGroup], np.ndarray]
@@ -101,23 +102,21 @@ def producers(group: ChannelGroup) -> tuple[LeafAxis, ...]:
     return group.producers or tuple(group.members)
 
 
-def norms(group: ChannelGroup) -> list[LeafAxis]:
-    """The vectors named ``scale``, but for those of quantizers: of norms."""
-    return [
-        (path, axis)
-        for path, axis in group.vectors
-        if path.rsplit("/", 1)[-1] == "scale" and not path.startswith("quantize")
-    ]
-
-
-def scales(group: ChannelGroup, operation: str) -> list[LeafAxis]:
-    """The scales of the norms on these channels; none is an error."""
-    found = norms(group)
+def scales(model: Model, group: ChannelGroup, operation: str) -> list[LeafAxis]:
+    """The scales of the norms on these channels, by structure; none is an error."""
+    known = _norms.scales_of(model)
+    found = [(path, axis) for path, axis in group.vectors if path in known]
     if not found:
-        raise errors.NoMatchError(
-            "the group has no norm with a scale.",
-            path=group.name,
-            operation=operation,
-            remedy="Choose another score, or leave the group out with exclude=.",
-        )
+        raise no_norm(group, operation)
     return found
+
+
+def no_norm(group: ChannelGroup, operation: str) -> errors.NoMatchError:
+    return errors.NoMatchError(
+        "the group has no norm with a scale: none of its vectors "
+        f"({', '.join(path for path, _ in group.vectors) or 'it has none'}) alone "
+        "multiplies the data.",
+        path=group.name,
+        operation=operation,
+        remedy="Choose another score, or leave the group out with exclude=.",
+    )

@@ -26,6 +26,7 @@ from compressjax.core import errors, trees
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model, Row, Step, Transform, expect
 from compressjax.merge import _program
+from compressjax.prune import _norms
 
 NAME = "prune.selectors"
 COLLECTION = "selectors"
@@ -43,9 +44,10 @@ def selectors(where: str = "**") -> Transform:
     groups together: a norm of the weights that produce a channel does not exist here.
 
     Args:
-      where: glob over the paths of the norms' scales. Of what it selects, those whose
-        input comes from one product and goes nowhere else are left alone: their
-        channels can be pruned where they are made.
+      where: glob over the paths of the norms' scales; the network says which leaves
+        these are, not their names. Of what it selects, those whose input comes from one
+        product and goes nowhere else are left alone: their channels can be pruned where
+        they are made.
 
     Returns:
       Model -> Model, with a row of the report for each norm.
@@ -58,16 +60,17 @@ def selectors(where: str = "**") -> Transform:
     its full width in memory; here the leaf itself shrinks.
 
     >>> def net(v, x):
-    ...     y = x @ v["a"]
-    ...     return y + jnp.tanh(y * v["scale"]) @ v["b"]
-    >>> m = cj.from_function(net, {"a": jnp.ones((2, 3)), "scale": jnp.ones((1, 3)),
-    ...     "b": jnp.ones((3, 3))}, jnp.ones((1, 2)))
+    ...     p, y = v["params"], x @ v["params"]["a"]
+    ...     return y + jnp.tanh((y - v["stats"]["mean"]) * p["gamma"]) @ p["b"]
+    >>> m = cj.from_function(net, {"params": {"a": jnp.ones((2, 3)), "b": jnp.eye(3),
+    ...     "gamma": jnp.ones((1, 3))}, "stats": {"mean": jnp.ones((1, 3))}},
+    ...     jnp.ones((1, 2)))
     >>> s = cj.prune.selectors()(m)
     >>> s.variables["selectors"]
-    {'params/scale': Array([0, 1, 2], dtype=int32)}
+    {'params/gamma': Array([0, 1, 2], dtype=int32)}
     >>> group = [g for g in cj.prune.groups(s) if g.prunable][0]
     >>> small = cj.prune.shrink({group: [0, 2]})(s)
-    >>> [small.variables["params"][k].shape for k in ("a", "scale", "b")]
+    >>> [small.variables["params"][k].shape for k in ("a", "gamma", "b")]
     [(2, 3), (1, 2), (2, 3)]
     """
 
@@ -76,11 +79,8 @@ def selectors(where: str = "**") -> Transform:
             raise errors.RefusedError("it has selectors already.", operation=NAME)
         traced = tracing.trace_model(model)
         program = _program.Program(traced, model.trainable)
-        scales = [
-            p
-            for p in traced.paths
-            if p.rsplit("/", 1)[-1] == "scale" and p.split("/")[0] in model.trainable
-        ]
+        known = {s.path for s in _norms.find(program, model.trainable) if s.plain}
+        scales = [p for p in traced.paths if p in known]
         chosen = [p for p in scales if trees.matches(where, p)]
         if not chosen:
             raise errors.no_match("scale of a norm", where, scales)

@@ -48,7 +48,8 @@ def bn_scale(model: Model, group: ChannelGroup) -> np.ndarray:
     """Sum of absolute scales of the norms on each channel (network slimming).
 
     Raises:
-      NoMatchError: no vector of the group is named ``scale``.
+      NoMatchError: no trained vector of the group scales its channels, whatever its
+        name (the slope of a PReLU does not; 1 + gamma is more than a leaf).
 
     Paper: Liu et al., Learning Efficient Convolutional Networks through Network
     Slimming, ICCV 2017, arXiv 1708.06519.
@@ -59,7 +60,7 @@ def bn_scale(model: Model, group: ChannelGroup) -> np.ndarray:
     >>> cj.prune.scores.bn_scale(m, cj.prune.groups(m)[0]).tolist()
     [2.0, 1.0]
     """
-    scales = parts.scales(group, "prune.scores.bn_scale")
+    scales = parts.scales(model, group, "prune.scores.bn_scale")
     return np.sum(parts.slices(model, group, scales, np.abs), axis=0)
 
 

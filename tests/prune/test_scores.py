@@ -141,6 +141,105 @@ def test_taylor_of_tied_producers(x64):
         np.testing.assert_allclose(score(model, group), want, rtol=1e-10)
 
 
+def renamed(v, x, gates=None):
+    """Four norms under names of no library, a PReLU, layers in a scan, a residual."""
+    p, stats = v["params"], v["statistics"]
+
+    def gate(name, y):
+        return y if gates is None else y * gates[name][None]
+
+    inv = p["n1"]["weight"] * jax.lax.rsqrt(stats["v1"] + 1e-3)
+    z = x @ p["l1"]["weight"] * inv + (p["n1"]["bias"] - stats["m1"] * inv)  # folded
+    z = gate("n1", z)
+    z = jnp.where(z > 0, z, p["slope"] * z)
+    z = gate("n2", p["n2"]["gamma"] * (z @ p["l2"] - stats["m2"]) + p["n2"]["beta"])
+    z = jnp.tanh(z) @ p["l3"] * (1 + p["n3"]["g"])  # the scale is 1 + g
+    z = jax.nn.relu(gate("n3", z))
+    h = gate("wb", z @ p["l4"]["w"] + p["l4"]["b"])  # no norm: weight and bias
+
+    def layer(h, q):
+        y = (h @ q["w"]) / jnp.sqrt(q["v"] + 1e-3) * q["s"] + q["t"]
+        return h + jax.nn.relu(gate("scan", y)) @ q["out"], None
+
+    return jax.lax.scan(layer, h, p["layers"])[0] @ p["head"]
+
+
+def test_norms_are_found_by_structure_not_by_name(x64):
+    rng = np.random.default_rng(5)
+    d = dict(l1=(3, 4), l2=(4, 5), l3=(5, 6), l4=(6, 2), s=(2, 1, 3), w=(2, 2, 3))
+    array = {k: jnp.asarray(rng.normal(size=n)) for k, n in d.items()}
+    wide = {n: jnp.asarray(rng.uniform(0.5, 2, (6, 1, n))) for n in range(2, 7)}
+    params = {
+        "l1": {"weight": array["l1"]},
+        "n1": {"weight": wide[4][0], "bias": wide[4][1]},
+        "slope": wide[4][2],
+        "n2": {"gamma": wide[5][0], "beta": -wide[5][1]},
+        "n3": {"g": wide[6][0]},
+        "l4": {"w": array["l4"], "b": -wide[2][0]},
+        "layers": {
+            "w": array["w"], "s": array["s"], "t": wide[3][:2], "v": wide[3][2:4],
+            "out": jnp.asarray(rng.normal(size=(2, 3, 2))),
+        },
+        "head": jnp.asarray(rng.normal(size=(2, 2))),
+        **{k: array[k] for k in ("l2", "l3")},
+    }  # fmt: skip
+    stats = {"m1": wide[4][3], "v1": wide[4][4], "m2": wide[5][2]}
+    x = rng.normal(size=(7, 3))
+    variables = {"params": params, "statistics": stats}
+    model = law.model_of(renamed, variables, jnp.ones((7, 3)))
+
+    def loss(y):
+        return jnp.sin(y).sum()
+
+    gates = {"n1": 4, "n2": 5, "n3": 6, "wb": 2, "scan": 3}
+    want = jax.jit(jax.grad(lambda g: loss(renamed(variables, x, g))))(
+        {k: jnp.ones(n) for k, n in gates.items()}
+    )
+    made = {
+        "params/l1/weight": ("n1", params["n1"]["weight"]),
+        "params/l2": ("n2", params["n2"]["gamma"]),
+        "params/l3": ("n3", None),  # no leaf is its scale
+        "params/layers/w": ("scan", params["layers"]["s"]),
+    }
+    taylor, found = scores.taylor([(x,)], loss), law.prunable(model)
+    by_name = {g.name: g for g in found}
+    assert {*made} < {*by_name} and len(by_name) == 5
+    for name, (place, scale) in made.items():
+        got = taylor(model, by_name[name])
+        np.testing.assert_allclose(got, np.abs(want[place]), rtol=1e-9)
+        if scale is None:
+            with pytest.raises(errors.NoMatchError, match=r"params/n3/g\) alone"):
+                scores.bn_scale(model, by_name[name])
+        else:
+            size = np.abs(np.asarray(scale)).reshape(-1, scale.shape[-1]).sum(0)
+            got = scores.bn_scale(model, by_name[name])
+            np.testing.assert_allclose(got, size, rtol=1e-12)
+    # The stream of the scan has no norm: what its two writers add to it, each.
+    stream = by_name["params/l4/w"]
+    assert {path for path, _ in stream.producers} == {
+        "params/l4/w", "params/layers/out",
+    }  # fmt: skip
+    assert (taylor(model, stream) >= np.abs(want["wb"]) - 1e-12).all()
+    with pytest.raises(errors.NoMatchError, match="no norm"):
+        scores.taylor([(x,)], loss, of="norm")(model, stream)
+
+
+def test_taylor_of_entries_that_are_looked_up(x64):
+    """No product makes them: d/dg of sum sin(g table[i] w)."""
+    rng = np.random.default_rng(6)
+    table, w = rng.normal(size=(5, 4)), rng.normal(size=(4, 2))
+    ids = np.array([[0, 2], [3, 3]])
+    model = law.model_of(
+        lambda v, i: v["params"]["t"][i] @ v["params"]["w"],
+        {"t": jnp.asarray(table), "w": jnp.asarray(w)},
+        jnp.asarray(ids),
+    )
+    (group,) = law.prunable(model)
+    score = scores.taylor([(ids,)], lambda y: jnp.sin(y).sum())
+    want = np.abs(np.einsum("abk,abj,kj->k", table[ids], np.cos(table[ids] @ w), w))
+    np.testing.assert_allclose(score(model, group), want, rtol=1e-10)
+
+
 def test_activation_of_what_is_read(x64):
     model, batches = network(), Batches()
     first, second = law.prunable(model)
@@ -155,6 +254,9 @@ def test_activation_of_what_is_read(x64):
     apoz = scores.activation(batches, "apoz")(model, first)
     np.testing.assert_allclose(apoz, (maps > 0).mean(axis=(0, 1, 2, 3)), rtol=1e-6)
     assert scores.activation(batches)(model, second).shape == (5,)
+    bare = [x for x, _ in batches.list]  # an image is no input of its own
+    for same in (bare, [[x] for x in bare]):
+        np.testing.assert_array_equal(scores.activation(same)(model, first), mean)
 
 
 def test_lamp_and_geometric_median_against_loops():
