@@ -21,6 +21,7 @@ from compressjax.core.model import Model
 from compressjax.core.sites import Site
 from compressjax.prune import _score_parts as parts
 from compressjax.prune._groups import ChannelGroup
+from compressjax.quantize import _calibrate
 
 
 def activation(
@@ -33,8 +34,8 @@ def activation(
     """The mean size of a channel where it is read, or how often it is not zero.
 
     Args:
-      batches: re-iterable of input tuples (what follows the inputs is not read); read
-        once for each Model that is scored.
+      batches: re-iterable of input tuples (what follows the inputs is not read; a lone
+        array counts as a tuple of one); read once for each Model that is scored.
       kind: "mean_abs" or "apoz".
       reduce: over several consumers: "sum", "mean", "max".
       normalize: of each before: None, "mean", "max", "l2", "lamp".
@@ -112,7 +113,8 @@ def _means(
     leaf_of = {site.name: site.leaf or "" for site in rewriter.found.sites}
     rows: dict[str, list[np.ndarray]] = {}
     for batch in batches:
-        inputs = jax.tree.map(jnp.asarray, tuple(batch)[: len(model.inputs)])
+        inputs = _calibrate.as_inputs(batch)[: len(model.inputs)]
+        inputs = jax.tree.map(jnp.asarray, inputs)
         for name, state in step(model.variables, inputs).items():
             mean = np.asarray(state["mean"], np.float64)
             mean = mean.reshape(-1, mean.shape[-1]).mean(axis=0)  # steps of a scan

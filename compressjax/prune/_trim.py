@@ -33,6 +33,7 @@ from compressjax.prune._cluster_rows import (
 )
 from compressjax.prune._groups import ChannelGroup
 from compressjax.prune._shrink import shrink
+from compressjax.quantize import _calibrate
 
 NAME = "prune.trim"
 MET = 1e-5  # deviation, relative to the largest entry, below which copies have met
@@ -41,7 +42,7 @@ MET = 1e-5  # deviation, relative to the largest entry, below which copies have 
 def trim(
     clusters: Clusters | None = None,
     *,
-    batches: Iterable[tuple[Any, ...]] | None = None,
+    batches: Iterable[Any] | None = None,
     verify: bool = True,
     **options: str,
 ) -> Transform:
@@ -50,7 +51,8 @@ def trim(
     Args:
       clusters: {group name: cluster of each channel}; None takes those that
         `prune.cluster` noted.
-      batches: inputs on which the report states what snapping and trimming change.
+      batches: input tuples (what follows the inputs is not read; a lone array counts
+        as a tuple of one) on which the report states what snapping and trimming change.
       verify: try first, on random variables and inputs, that trimmed equals snapped:
         in double precision (to 1e-9) where the network does not fix narrower types
         (float32: 1e-4, 16 bits: 0.05). It compiles the network twice.
@@ -64,8 +66,9 @@ def trim(
 
     Raises:
       NoMatchError: a name is no group; or no clusters are given nor noted.
-      RefusedError: a group cannot be pruned; or trimming would not be exact, with the
-        group and the operation that counts its channels.
+      RefusedError: a group cannot be pruned; trimming would not be exact, with the
+        group and the operation that counts its channels; or the network itself is not
+        finite, so that it cannot be told.
 
     Differs: the authors leave copies as training left them, without snapping; their
     magnitude baseline sums the consumers of deleted filters too (use `channels`).
@@ -125,13 +128,13 @@ def _deviation(
 
 
 def _errors(
-    model: Model, snapped: Any, small: Model, batches: Iterable[tuple[Any, ...]]
+    model: Model, snapped: Any, small: Model, batches: Iterable[Any]
 ) -> list[Row]:
     """What snapping and trimming change in the outputs, on data."""
     run, run_small = jax.jit(model.apply_fn), jax.jit(small.apply_fn)
     by_snap, by_trim = 0.0, 0.0
     for batch in batches:
-        inputs = batch if isinstance(batch, tuple) else (batch,)
+        inputs = _calibrate.as_inputs(batch)[: len(model.inputs)]
         between = run(snapped, *inputs)
         by_snap = max(
             by_snap, _trim_law.relative(run(model.variables, *inputs), between)

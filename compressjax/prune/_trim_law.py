@@ -51,6 +51,8 @@ def _check(model: Model, chosen: Chosen, operation: str) -> None:
     found = fault(chosen)
     if not found:
         return
+    if found.startswith("inf"):
+        _check_finite(model, variables, inputs, operation)
     while len(chosen) > 1:  # which group?
         half = chosen[: len(chosen) // 2]
         before, found = found, fault(half)
@@ -64,6 +66,26 @@ def _check(model: Model, chosen: Chosen, operation: str) -> None:
         path=chosen[0][0].name,
         operation=operation,
         remedy="Leave the group out of the clusters (exclude=).",
+    )
+
+
+def _check_finite(model: Model, variables: Any, inputs: Any, operation: str) -> None:
+    """Raises RefusedError if the network, as it is, gives numbers that are not."""
+    outputs = jax.tree.leaves(jax.jit(model.apply_fn)(variables, *inputs))
+    if all(np.isfinite(np.asarray(y, np.float64)).all() for y in outputs):
+        return
+    holds = [
+        path
+        for path, leaf in trees.flat(variables).items()
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.isfinite(leaf).all()
+    ]
+    where = f": {', '.join(holds[:3])} holds such numbers" if holds else ""
+    raise errors.RefusedError(
+        "the network's own output is NaN or infinite at a random point near its "
+        f"variables{where}. Whether trimming is exact cannot be told.",
+        path=holds[0] if holds else "",
+        operation=operation,
+        remedy="Mend the variables, or pass verify=False.",
     )
 
 

@@ -56,6 +56,19 @@ def network(name):
     return law.family(name)
 
 
+def stream_of_two(**values):
+    rng = np.random.default_rng(0)
+    params = {
+        k: jnp.asarray(rng.normal(size=s))
+        for k, s in {"a": (3, 4), "b": (4, 2)}.items()
+    }
+    return law.model_of(
+        lambda v, x: jax.nn.relu(x @ v["params"]["a"]) @ v["params"]["b"],
+        {**params, **values},
+        jnp.ones((1, 3)),
+    )
+
+
 LAW = {  # a ResNet is the test below
     "mobilenet_v1": (),
     "dense_block_flatten": (),  # norms behind concatenations; channel-minor flatten
@@ -116,6 +129,21 @@ def test_report_says_what_snapping_changes():
     shapes = prune.trim({"params/a": [0, 1, 1]})(jax.eval_shape(lambda: model))
     assert shapes.variables["params"]["b"].shape == (2, 1)
     assert shapes.report[0].achieved is None
+
+
+def test_batches_are_tuples_lists_or_lone_arrays():
+    model, x = stream_of_two(), np.random.default_rng(1).normal(size=(9, 3))
+    first, *others = (
+        prune.trim({"params/a": [0, 0, 1, 2]}, batches=[b], verify=False)(model).report
+        for b in ((x,), x, [x, np.zeros(9, int)])
+    )
+    assert first[-2].achieved > 0 and all(other == first for other in others)
+
+
+def test_a_network_that_is_not_finite_is_not_blamed_on_an_operation():
+    bad = stream_of_two(b=jnp.full((4, 2), jnp.nan))
+    with pytest.raises(errors.RefusedError, match="own output is NaN.*params/b holds"):
+        prune.trim({"params/a": [0, 0, 1, 2]})(bad)
 
 
 REFUSED = {  # a group, and the operation that counts its channels
