@@ -45,6 +45,7 @@ more than 8 bits, as in the fake-quantized network, whose sums are not quantized
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -178,6 +179,7 @@ def integer(
             ),
             report=[
                 *_report(packing, found, weight_only),
+                *_mask_rows(model, variables),
                 *(Row("deploy.integer", "**", "fastest", label) for label in better),
                 *_tune.microbatch_rows("deploy.integer", examples),
             ],
@@ -215,6 +217,15 @@ def _report(packing: Pack, found: dict[str, Any], weight_only: bool) -> list[Row
                 reason += f"; its weight is stored as {stored}"
         rows.append(Row("deploy.integer", name, asked, achieved, reason))
     return rows
+
+
+def _mask_rows(model: Model, variables: Mapping[str, Any]) -> list[Row]:
+    """That masks are gone, and the zeros that they held are counted again."""
+    masks = [n for n in model.variables if re.fullmatch(r"masks(_\d+)?", n)]
+    if not masks or any(n in variables for n in masks):
+        return []
+    reason = "the zeros are stored as codes, and costs count them as parameters"
+    return [Row("deploy.integer", ", ".join(masks), "masks", "merged", reason)]
 
 
 def _stored_as(facts: Mapping[str, Any], site: str) -> str:

@@ -518,3 +518,16 @@ def test_same_answers_on_a_trained_network():
     b = np.asarray(packed(test)).argmax(-1)
     assert np.mean(a == wanted) > 0.85
     assert np.mean(a == b) >= 0.999
+
+
+def test_masks_are_merged_and_the_report_says_that_zeros_count_again():
+    model = cj.from_function(
+        lambda p, x: x @ p["w"], {"w": jnp.eye(4)}, jnp.ones((1, 4))
+    )
+    sparse = cj.prune.weights(0.5)(model)
+    packed = cj.deploy.integer(weight_only=True, tune=False)(
+        cj.quantize.insert(cj.quantize.uniform(8))(sparse)
+    )
+    row = next(r for r in packed.report if r.path == "masks")
+    assert row.achieved == "merged" and "count them" in row.reason
+    assert cj.costs.count(sparse).params == 8 < cj.costs.count(packed).params
