@@ -30,6 +30,7 @@ from compressjax.core.model import Model
 from compressjax.prune import _gates
 from compressjax.prune import _score_parts as parts
 from compressjax.prune._groups import ChannelGroup, LeafAxis, groups
+from compressjax.quantize import _calibrate
 
 OPERATION = "prune.scores.taylor"
 OF = ("features", "norm", "weights")
@@ -185,7 +186,7 @@ def _sums(
     count = 0
     for batch in batches:
         count += 1
-        arrays = jax.tree.map(jnp.asarray, tuple(batch))
+        arrays = jax.tree.map(jnp.asarray, _calibrate.as_inputs(batch))
         for at, value in run(model.variables, arrays).items():
             got = np.asarray(value, np.float64)
             rows.setdefault(at, []).append(got if each else got.reshape(1, -1))

@@ -137,7 +137,7 @@ def test_taylor_of_tied_producers(x64):
         "joint": np.abs(np.sum(parts, axis=0)),
     }
     for reduce, want in wanted.items():
-        score = scores.taylor([(x,)], lambda y: y.sum(), of="weights", reduce=reduce)
+        score = scores.taylor([x], lambda y: y.sum(), of="weights", reduce=reduce)
         np.testing.assert_allclose(score(model, group), want, rtol=1e-10)
 
 
