@@ -1,5 +1,6 @@
 """Two CPU devices, no rank promotion, and the names that doctests use."""
 
+import gc
 import os
 
 from tests import flags
@@ -15,6 +16,10 @@ import pytest
 import compressjax as cj
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes many objects and few cycles: looking for them took a twentieth.
+gc.set_threshold(200_000, 20, 100)
+gc.freeze()
 
 
 @pytest.fixture(autouse=True)
