@@ -40,11 +40,10 @@ def frame_of(site: Site) -> Frame | str:
             return "a product over several axes"
         n_in, n_out = (site.w.shape[a[0]] for a in (site.w_in_axes, site.w_out_axes))
         return Frame(n_in, n_out, (), (), (), weights, ())
+    reason = unusual(site)
+    if reason:
+        return reason
     p, numbers = site.params, site.params["dimension_numbers"]
-    if site.weight_side != 1 or p["batch_group_count"] != 1:
-        return "a convolution with its weight on the left, or batch groups"
-    if any(d != 1 for d in p["lhs_dilation"]):
-        return "a transposed convolution"
     maps = tuple(site.x.shape[a] for a in numbers.lhs_spec[2:])
     out_maps = tuple(site.out.shape[a] for a in numbers.out_spec[2:])
     strides = tuple(p["window_strides"])
@@ -60,6 +59,17 @@ def frame_of(site: Site) -> Frame | str:
         weights,
         tuple(site.w.shape[a] for a in numbers.rhs_spec[2:]),
     )
+
+
+def unusual(site: Site) -> str:
+    """Why the windows of a convolution are not those of its input, or ""."""
+    if not site.is_conv:
+        return ""
+    if site.weight_side != 1 or site.params["batch_group_count"] != 1:
+        return "a convolution with its weight on the left, or batch groups"
+    if any(d != 1 for d in site.params["lhs_dilation"]):
+        return "a transposed convolution"
+    return ""
 
 
 def input_axes(site: Site) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ def checked(
                 found.append(row)
     out = []
     for row in rows:
-        if row.path not in branches:
+        if row.path not in branches or row.requested != link.name:
             out.append(row)
             continue
         site, found = base[row.path], branches[row.path]

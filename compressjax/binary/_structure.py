@@ -212,11 +212,17 @@ def window_mean(x: Any, site: Site) -> jax.Array:
     """XNOR's K: the mean of |x| in the window that each output reads, zeros outside.
 
     Over the channels of a group where the convolution has groups. It is broadcast to
-    the result of the site.
+    the result of the site: 1 on each axis that comes from the weight.
     """
     if not site.is_conv:
-        mean = jnp.mean(jnp.abs(x), _frame.input_axes(site), keepdims=True)
-        return _frame.as_output(_frame.channels_last(mean, site), site)
+        side = 1 - site.weight_side
+        contracted, batch = (axes[side] for axes in site.params["dimension_numbers"])
+        free = [a for a in range(x.ndim) if a not in (*contracted, *batch)]
+        # dot_general: the shared axes, then what is left of each operand in its order.
+        each = jnp.transpose(jnp.abs(x), (*batch, *free, *contracted))
+        kept = len(batch) + len(free)
+        mean = jnp.mean(each, tuple(range(kept, x.ndim)))
+        return jnp.expand_dims(mean, site.out_axes[len(batch) :])
     p, numbers = site.params, site.params["dimension_numbers"]
     groups = p["feature_group_count"]
     each = jnp.abs(_frame.channels_last(x, site))

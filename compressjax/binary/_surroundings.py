@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -72,6 +72,8 @@ def put(
             operation=NAME,
             remedy="Choose another link, or other sites.",
         )
+    scaled, more = _scaled(asked["scaled"], sites)
+    asked, rows = {**asked, "scaled": scaled}, rows + more
     for name in asked["shifts"]:
         site: Site = sites[name][1]
         shape = tuple(site.x.shape[a] for a in _frame.input_axes(site))
@@ -120,6 +122,36 @@ def put(
     if link is not None:
         rows = _overhead.checked(model, out, link, links, trained, rows)
     return out, rows
+
+
+def _scaled(
+    names: Iterable[str], sites: Mapping[str, tuple[tuple[int, ...], Site]]
+) -> tuple[list[str], list[Row]]:
+    """The sites whose output is multiplied by K, and a row for each.
+
+    Raises:
+      RefusedError: if it was asked for and none of them has a K.
+    """
+    why = {name: _frame.unusual(sites[name][1]) for name in names}
+    rows = [
+        Row(NAME, n, "activation_scale", "no scale" if r else "mean |x|", r)
+        for n, r in why.items()
+    ]
+    left = [n for n, r in why.items() if not r]
+    if rows and not left:
+        raise _nowhere("activation_scale", rows)
+    return left, rows
+
+
+def _nowhere(option: str, rows: list[Row]) -> errors.RefusedError:
+    return errors.RefusedError(
+        f"{option} fits no chosen site: "
+        + "; ".join(f"{r.path}: {r.reason}" for r in rows[:3])
+        + ".",
+        path=rows[0].path,
+        operation=NAME,
+        remedy=f"Leave {option} out, or choose other sites.",
+    )
 
 
 def _at(program: _program.Program, index: int, site: Site, place: _places.Place) -> str:
