@@ -166,7 +166,7 @@ class Walk(_signs.Signs):
         """The operands as the float arrays that the equation was written for."""
 
         def operand(x: Any, aval: Any) -> Any:
-            if isinstance(x, Quantized):
+            if isinstance(x, Quantized | Lazy):
                 return self.as_float(x).astype(aval.dtype)
             return tracing.varying_as(self.as_float(x), aval)
 

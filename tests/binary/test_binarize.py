@@ -145,64 +145,6 @@ def test_shift_scale_and_gradients_are_those_of_the_papers():
     np.testing.assert_allclose(ir_dx, (g @ w_ir.T) * slope, rtol=1e-3, atol=1e-5)
 
 
-def test_the_scale_of_a_window_is_the_mean_of_what_it_reads():
-    """K in loops: groups, strides, dilation, channels first; dense with several axes."""
-    x, w = numbers(2, 4, 6, 7), numbers(6, 2, 3, 2)
-    wide, both, left = numbers(6, 4, 3), numbers(7, 6, 3), numbers(5, 4, 6)
-
-    def net(p, x):
-        conv = jax.lax.conv_general_dilated(
-            x,
-            p["w"],
-            (2, 1),
-            ((1, 0), (2, 1)),
-            rhs_dilation=(1, 3),
-            dimension_numbers=("NCHW", "OIHW", "NCHW"),
-            feature_group_count=2,
-        )
-        return {
-            "w": conv,
-            "wide": jnp.einsum("nchw,hjk->ncwjk", x, p["wide"]),
-            "both": jnp.einsum("nchw,who->nco", x, p["both"]),
-            "left": jnp.einsum("och,nchw->conw", p["left"], x),
-        }
-
-    params = {"w": w, "wide": wide, "both": both, "left": left}
-    params = {k: jnp.asarray(v) for k, v in params.items()}
-    model = cj.from_function(net, params, x)
-    made = {
-        k: cj.binary.binarize(ends=None, activation_scale=k)(model)
-        for k in (False, True)
-    }
-    bare, got = jax.jit(lambda x: (made[False](x), made[True](x)))(x)
-    size = np.abs(np.float64(x))
-    edged = np.pad(size, ((0, 0), (0, 0), (1, 0), (2, 1)))
-    window = np.zeros((2, 6, 3, 7))
-    for o in range(6):
-        first = 2 * (o // 3)  # the two channels of its group
-        for i in range(3):
-            for j in range(7):
-                part = edged[:, first : first + 2, 2 * i : 2 * i + 3, j : j + 4 : 3]
-                window[:, o, i, j] = part.mean((1, 2, 3))
-    scales = {
-        "w": window,
-        "wide": size.mean(2)[..., None, None],
-        "both": size.mean((2, 3))[..., None],
-        "left": np.moveaxis(size.mean(2), 1, 0)[:, None],
-    }
-    for name, k in scales.items():
-        np.testing.assert_allclose(
-            got[name], bare[name] * k, rtol=1e-4, atol=1e-4, err_msg=name
-        )
-    up = cj.from_function(
-        lambda p, x: jax.lax.conv_transpose(x, p["w"], (2, 2), "SAME"),
-        {"w": jnp.asarray(numbers(3, 3, 7, 2))},
-        x,
-    )
-    with pytest.raises(errors.RefusedError, match="a transposed convolution"):
-        cj.binary.binarize(ends=None, activation_scale=True)(up)
-
-
 class Unit(nn.Module):
     """Convolution, norm, ReLU."""
 

@@ -343,6 +343,26 @@ def test_values_with_zeros_are_no_signs():
     np.testing.assert_array_equal(second, codes @ signs(w) * alpha)
 
 
+def test_a_network_in_bfloat16_is_packed():
+    """What stands behind the sums reads them in the type of the network."""
+    rng = np.random.default_rng(6)
+    sizes = {"a": (6, 32), "b": (32, 8), "c": (8, 3)}
+    p = {k: jnp.asarray(rng.normal(size=s), jnp.bfloat16) for k, s in sizes.items()}
+    x = jnp.asarray(rng.normal(size=(4, 6)), jnp.bfloat16)
+
+    def net(p, x):
+        return (x @ p["a"] @ p["b"] - jnp.bfloat16(0.5)) @ p["c"]
+
+    weights = cj.quantize.binary(1, "clipped", "power_of_two")
+    made = cj.binary.binarize(weights=weights)(cj.from_function(net, p, x))
+    packed = cj.deploy.integer(tune=False)(made)
+    rows = {r.path: r.achieved for r in packed.report}
+    assert rows["params/b"] == "binary, packed"
+    got, wanted = packed(x), made(x)
+    assert got.dtype == wanted.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(F32(got), F32(wanted))
+
+
 def test_tuning_times_words(small):
     w = np.random.default_rng(3).normal(size=(256, 32)).astype(F32)
     x = np.random.default_rng(4).normal(size=(64, 256)).astype(F32)
