@@ -113,10 +113,11 @@ def binarize(
                 remedy="Choose others with `where` and `overrides`.",
             )
         kind = activation or "identity"
+        quantized = [n for n, (_, q_x) in sites.items() if q_x is not None]
         signed = [n for n, (_, q_x) in sites.items() if _binary.signs(q_x)]
         asked: dict[str, Any] = {
             "sites": sorted(sites),
-            "shifts": [n for n, (_, q_x) in sites.items() if shift and q_x is not None],
+            "shifts": quantized if shift else [],
             "scaled": signed if activation_scale else [],
             "activated": signed if activation is None else sorted(sites),
             "activation": kind,
@@ -125,7 +126,14 @@ def binarize(
         }
         if kind == "keep":
             asked["activated"] = []
-        out, more = _surroundings.put(model, asked, chosen_link)
+        without = {}
+        if shift:
+            why = "no quantizer for its inputs"
+            without["shift"] = {n: why for n in sites if n not in quantized}
+        if activation_scale:
+            why = "no signs are made of its inputs"
+            without["activation_scale"] = {n: why for n in sites if n not in signed}
+        out, more = _surroundings.put(model, asked, chosen_link, without)
         extra = rewrite.Rewriter(out, where).names - rewriter.names  # of the links
         every |= {name: None for name in sorted(extra)}
         before = len(out.report)

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,18 +35,32 @@ LINKS: dict[str, Callable[..., Link]] = {
 
 
 def put(
-    model: Model, asked: Mapping[str, Any], link: Link | None
+    model: Model,
+    asked: Mapping[str, Any],
+    link: Link | None,
+    without: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[Model, list[Row]]:
-    """The network with links, shifts, scales and activations; and rows on them."""
+    """The network with links, shifts, scales and activations; and rows on them.
+
+    Args:
+      model: the network.
+      asked: what to put where.
+      link: the link, at `asked["sites"]`.
+      without: {"shift" or "activation_scale": {site: why it has none}}, for the rows.
+    """
     trace = tracing.trace_model(model)
     program = _program.Program(trace, model.trainable)
     sites = {s.name: (k, s) for k, s in program.found.by_key.items()}
     trained, state = _fresh_names(model.variables)
     asked = _reachable(program, asked, sites)
     links, params, states, rows = {}, {}, {}, []
+    linked = _before(model, "linked")
     for k, name in enumerate(asked["sites"] if link is not None else ()):
         assert link is not None
         key, site = sites[name]
+        if name in linked:
+            rows.append(Row(NAME, name, link.name, "no second link", "linked already"))
+            continue
         frame = _frame.frame_of(site)
         reason = frame if isinstance(frame, str) else link.unfit(frame)
         place = _places.Place(
@@ -64,16 +78,21 @@ def put(
             params.setdefault(name, {})["link"] = first
         if moving:
             states[name] = {"link": moving}
-    if link is not None and not links:
-        raise errors.RefusedError(
-            f'the link "{link.name}" fits no chosen site: '
-            + "; ".join(f"{r.path}: {r.reason}" for r in rows[:3]),
-            path=rows[0].path,
-            operation=NAME,
-            remedy="Choose another link, or other sites.",
-        )
-    scaled, more = _scaled(asked["scaled"], sites)
-    asked, rows = {**asked, "scaled": scaled}, rows + more
+    if link is not None and not links and not linked & set(asked["sites"]):
+        raise _nowhere(f'the link "{link.name}"', rows)
+    without = without or {}
+    old = _before(model, "shifts")
+    why = dict.fromkeys(asked["shifts"], "") | dict(without.get("shift", {}))
+    why = {n: "shifted already" if n in old else r for n, r in why.items()}
+    shifts, more = _fitting("shift", "one for each channel", why, bool(old & set(why)))
+    rows += more
+    old = _before(model, "scaled")
+    why = {n: _frame.unusual(sites[n][1]) for n in asked["scaled"]}
+    why |= without.get("activation_scale", {})
+    why = {n: "scaled already" if n in old else r for n, r in why.items()}
+    scaled, more = _fitting("activation_scale", "mean |x|", why, bool(old & set(why)))
+    rows += more
+    asked = {**asked, "linked": sorted(links), "shifts": shifts, "scaled": scaled}
     for name in asked["shifts"]:
         site: Site = sites[name][1]
         shape = tuple(site.x.shape[a] for a in _frame.input_axes(site))
@@ -124,22 +143,27 @@ def put(
     return out, rows
 
 
-def _scaled(
-    names: Iterable[str], sites: Mapping[str, tuple[tuple[int, ...], Site]]
+def _before(model: Model, role: str) -> set[str]:
+    """The sites that earlier steps of this kind gave a link, a shift or a scale."""
+    steps = [step.settings for step in model.history if step.name == NAME]
+    return {name for settings in steps for name in settings.get(role, ())}
+
+
+def _fitting(
+    option: str, done: str, why: Mapping[str, str], before: bool
 ) -> tuple[list[str], list[Row]]:
-    """The sites whose output is multiplied by K, and a row for each.
+    """The sites that an option is done at, and a row for each where it was asked for.
 
     Raises:
-      RefusedError: if it was asked for and none of them has a K.
+      RefusedError: if no site has it, now or `before`.
     """
-    why = {name: _frame.unusual(sites[name][1]) for name in names}
     rows = [
-        Row(NAME, n, "activation_scale", "no scale" if r else "mean |x|", r)
-        for n, r in why.items()
+        Row(NAME, n, option, f"no {option}" if r else done, r)
+        for n, r in sorted(why.items())
     ]
-    left = [n for n, r in why.items() if not r]
-    if rows and not left:
-        raise _nowhere("activation_scale", rows)
+    left = sorted(n for n, r in why.items() if not r)
+    if rows and not left and not before:
+        raise _nowhere(option, rows)
     return left, rows
 
 
@@ -150,7 +174,7 @@ def _nowhere(option: str, rows: list[Row]) -> errors.RefusedError:
         + ".",
         path=rows[0].path,
         operation=NAME,
-        remedy=f"Leave {option} out, or choose other sites.",
+        remedy=f"Leave {option} out, take another, or choose other sites.",
     )
 
 

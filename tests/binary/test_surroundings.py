@@ -71,3 +71,75 @@ def test_the_scale_of_a_window_is_the_mean_of_what_it_reads():
     )
     with pytest.raises(errors.RefusedError, match="a transposed convolution"):
         cj.binary.binarize(ends=None, activation_scale=True)(up)
+
+
+def dense(p, x):
+    return jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"]
+
+
+@pytest.fixture(scope="module")
+def small():
+    params = {k: jnp.asarray(numbers(5, 5)) for k in "abc"}
+    return cj.from_function(dense, params, jnp.asarray(numbers(4, 5)))
+
+
+def rows_of(model, option):
+    return {
+        r.path: (r.achieved, r.reason) for r in model.report if r.requested == option
+    }
+
+
+def test_what_was_asked_for_and_not_done_has_a_row(small):
+    x = jnp.ones((4, 5))
+    for option in ({"shift": True}, {"activation_scale": True}):
+        with pytest.raises(errors.RefusedError, match=f"{next(iter(option))} fits no"):
+            cj.binary.binarize(inputs="real", **option)(small)
+    made = cj.binary.binarize(
+        ends=None,
+        overrides={"a": {"inputs": None}, "c": {"inputs": cj.quantize.lsq(2)}},
+        shift=True,
+        activation_scale=True,
+        batches=[(x,)],
+    )(small)
+    no = "no quantizer for its inputs"
+    done = "one for each channel", ""
+    assert rows_of(made, "shift") == {
+        "params/a": ("no shift", no),
+        "params/b": done,
+        "params/c": done,
+    }
+    no = "no activation_scale", "no signs are made of its inputs"
+    assert rows_of(made, "activation_scale") == {
+        "params/a": no,
+        "params/b": ("mean |x|", ""),
+        "params/c": no,
+    }
+    held = made.variables["binarize"]
+    assert sorted(k for k, v in held.items() if "shift" in v) == [
+        "params/b",
+        "params/c",
+    ]
+
+
+def test_a_second_step_leaves_links_shifts_and_scales_alone(small):
+    """Signs of inputs first, of weights then: the result is that of one step."""
+    options = {
+        "link": cj.binary.elastic_link(init=0.5),
+        "shift": True,
+        "activation_scale": True,
+    }
+    one = cj.binary.binarize("b", **options)(small)
+    first = cj.binary.binarize("b", weights="real", **options)(small)
+    both = cj.binary.binarize("b", inputs="real", **options)(first)
+    assert "binarize_1" not in both.variables and both.bits == one.bits
+    x = numbers(4, 5)
+    np.testing.assert_array_equal(both(x), one(x))
+    for option, before in (
+        ("elastic_link", "linked already"),
+        ("shift", "shifted already"),
+        ("activation_scale", "scaled already"),
+    ):
+        assert rows_of(both, option)["params/b"][1] == before
+    third = cj.binary.binarize("b", **options)(cj.quantize.remove()(one))
+    assert "binarize_1" not in third.variables
+    np.testing.assert_array_equal(third(x), one(x))
