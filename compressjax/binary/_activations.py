@@ -88,7 +88,8 @@ def others(program: _program.Program, taken: Iterable[Relu]) -> list[int]:
     return [
         i
         for i in sorted(program.live - indices)
-        if _is_relu(program, program.eqns[i]) and not variance(program.eqns[i])
+        if operand_of(program, program.eqns[i]) is not None
+        and not variance(program.eqns[i])
     ]
 
 
@@ -106,7 +107,7 @@ def _behind(program: _program.Program, atom: Any, axis: int) -> dict[int, int | 
             continue
         index = program.producer[value]
         eqn = program.eqns[index]
-        if _is_relu(program, eqn):
+        if operand_of(program, eqn) is not None:
             if not _in_hard_sigmoid(program, eqn):
                 found[index] = at
             continue
@@ -135,24 +136,100 @@ def _before(eqn: tracing.Equation, atom: Any, axis: int | None) -> int | None:
     return axis if axis < rank else None
 
 
-def _is_relu(program: _program.Program, eqn: tracing.Equation) -> bool:
-    if eqn.primitive.name == "max":
-        zero = [_segments._is_zero(program, a) for a in eqn.invars]
-        data = [not program.is_known(a) for a in eqn.invars]
-        return any(zero) and any(data)
-    custom = eqn.primitive.name.startswith("custom_")
-    return custom and _segments.describe(eqn) in ("relu", "relu6")
+def operand_of(program: _program.Program, eqn: tracing.Equation) -> int | None:
+    """Which operand x of an equation that is relu(x); None if it is none.
+
+    max(x, 0), a function called relu, where(x > 0, x, 0), and x * (x > 0).
+    """
+    name, atoms = eqn.primitive.name, eqn.invars
+    data = [k for k, a in enumerate(atoms) if not program.is_known(a)]
+    if name == "max" and any(_segments._is_zero(program, a) for a in atoms):
+        return data[0] if data else None
+    if name.startswith("custom_") and _segments.describe(eqn) in ("relu", "relu6"):
+        return data[0] if data else None
+    if name == "select_n" and len(atoms) == 3 and 0 in data:
+        for k in (1, 2):  # the second case is where the comparison is true
+            if _segments._is_zero(program, atoms[3 - k]) and k in data:
+                if _compares(program, atoms[0], atoms[k], "gl"[2 - k]):
+                    return k
+    if name == "mul" and len(data) == 2:
+        for k in (0, 1):
+            made = _made(program, atoms[1 - k])
+            if made is None or made.primitive.name != "convert_element_type":
+                continue
+            if _compares(program, made.invars[0], atoms[k], "g"):
+                return k
+    return None
+
+
+def _made(program: _program.Program, atom: Any) -> tracing.Equation | None:
+    """The equation behind a value."""
+    if not isinstance(atom, tracing.Var) or atom not in program.producer:
+        return None
+    return program.eqns[program.producer[atom]]
+
+
+def _compares(program: _program.Program, atom: Any, x: Any, sense: str) -> bool:
+    """True for x > 0 and x >= 0 (sense "g"), x < 0 and x <= 0 ("l")."""
+    made = _made(program, atom)
+    if made is None or made.primitive.name not in ("gt", "ge", "lt", "le"):
+        return False
+    left, right = made.invars
+    turned = {"g": "l", "l": "g"}[made.primitive.name[0]]
+    if left is x and _segments._is_zero(program, right):
+        return made.primitive.name[0] == sense
+    return right is x and _segments._is_zero(program, left) and turned == sense
+
+
+# Never below zero, whatever they read.
+_POSITIVE = ("logistic", "square", "abs", "exp", "exp2")
+_KEEPS = ("add", "add_any", "mul", "div", "min", "concatenate", *_MOVES, *_REDUCTIONS)
+_KEEPS += ("reduce_window_sum", "reduce_window_max", "copy", "stop_gradient")
+
+
+def never_negative(
+    program: _program.Program, atom: Any, gone: Iterable[int] = ()
+) -> str:
+    """What makes a value that is >= 0 everywhere, or "" where that is not known.
+
+    Args:
+      program: the network.
+      atom: a value of it.
+      gone: equations whose result is another one: ReLUs that gave way.
+    """
+    if isinstance(atom, tracing.Literal):
+        return "a constant" if jnp.ndim(atom.val) == 0 and atom.val >= 0 else ""
+    made = _made(program, atom)
+    if made is None or program.producer[atom] in gone:
+        return ""
+    name, body = made.primitive.name, tracing.called(made)
+    of = name if body is None else body.jaxpr.debug_info.func_name
+    if name == "integer_pow" and made.params["y"] % 2 == 0:
+        return "an even power"
+    if operand_of(program, made) is not None:
+        return "relu"
+    if name in _POSITIVE:
+        return name
+    if name == "mul" and made.invars[0] is made.invars[1]:
+        return "a square"
+    larger = name == "max" or of == "logaddexp"  # softplus: log(e^x + e^0)
+    if larger or name in (*_KEEPS, "convert_element_type"):
+        each = [never_negative(program, a, gone) for a in made.invars]
+        if larger and any(each):
+            return of
+        if all(each):
+            return next(e for e in sorted(each, key="a constant".__eq__) if e)
+    return ""
 
 
 def _in_hard_sigmoid(program: _program.Program, eqn: tracing.Equation) -> bool:
     """relu6(x + 3) / 6, alone or in hard_swish: a gate, which is no ReLU."""
-    atom = next(a for a in eqn.invars if not program.is_known(a))
-    made = program.producer.get(atom)
-    if made is None or program.eqns[made].primitive.name != "add":
+    made = _made(program, next(a for a in eqn.invars if not program.is_known(a)))
+    if made is None or made.primitive.name != "add":
         return False
     return any(
         isinstance(a, tracing.Literal) and jnp.ndim(a.val) == 0 and float(a.val) == 3
-        for a in program.eqns[made].invars
+        for a in made.invars
     )
 
 

@@ -118,6 +118,7 @@ def binarize(
         asked: dict[str, Any] = {
             "sites": sorted(sites),
             "shifts": quantized if shift else [],
+            "signed": signed,
             "scaled": signed if activation_scale else [],
             "activated": signed if activation is None else sorted(sites),
             "activation": kind,

@@ -163,8 +163,9 @@ class _Evaluation:
         return tracing.evaluate(self.program.closed, trace.in_values, handle)
 
     def activation(self, relu: _activations.Relu, eqn: Any, ins: list[Any]) -> Any:
-        data = [not self.program.is_known(a) for a in eqn.invars]
-        x, kind = ins[data.index(True)], self.plan.activation
+        at = _activations.operand_of(self.program, eqn)
+        assert at is not None
+        x, kind = ins[at], self.plan.activation
         params = self.held[relu.key[0]][relu.key[1]] if kind == "prelu" else {}
         return _activations.apply(kind, params, x, relu.axis)
 

@@ -107,6 +107,16 @@ def put(
         why = "" if relu.axis is not None or not first else "one slope: channels mixed"
         path = f"relu in front of {', '.join(relu.feeds)}"
         rows.append(Row(NAME, path, kind, kind, why))
+    gone = {r.index for r in relus} if kind != "keep" else set()
+    for name in asked.get("signed", ()):
+        key, site = sites[name]
+        if len(key) != 1 or name in asked["shifts"]:
+            continue
+        atom = program.eqns[key[0]].invars[1 - site.weight_side]
+        of = _activations.never_negative(program, atom, gone)
+        if of:
+            why = f"its input is never negative, behind {of}: every sign is +1"
+            rows.append(Row(NAME, name, "signs", "always +1", why))
     for n, index in enumerate(_activations.others(program, relus), 1):
         path = f"relu #{n} at {tracing.scope_of(program.eqns[index])}"
         why = "it stands in front of no such site" if asked["activated"] else ""

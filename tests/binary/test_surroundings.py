@@ -143,3 +143,50 @@ def test_a_second_step_leaves_links_shifts_and_scales_alone(small):
     third = cj.binary.binarize("b", **options)(cj.quantize.remove()(one))
     assert "binarize_1" not in third.variables
     np.testing.assert_array_equal(third(x), one(x))
+
+
+def test_a_relu_is_one_however_it_is_written(small):
+    """Behind what cannot be undone, signs that are always +1 have a row."""
+
+    def made(act):
+        def net(p, x):
+            return act(x @ p["a"]) @ p["b"] @ p["c"]
+
+        variables, x = small.variables["params"], jnp.ones((4, 5))
+        return cj.binary.binarize()(cj.from_function(net, variables, x))
+
+    x = numbers(4, 5)
+    p = {k: np.float64(v) for k, v in small.variables["params"].items()}
+    wanted = np.where(np.float64(x) @ p["a"] >= 0, 1, -1) @ (
+        np.where(p["b"] >= 0, 1, -1) * np.abs(p["b"]).mean(0)
+    )
+    for act in (
+        lambda v: jnp.where(v > 0, v, 0),
+        lambda v: jnp.where(0 >= v, 0, v),
+        lambda v: v * (v >= 0),
+        lambda v: (v > 0).astype(v.dtype) * v,
+    ):
+        one = made(act)
+        assert rows_of(one, "identity") == {
+            "relu in front of params/b": ("identity", "")
+        }
+        np.testing.assert_allclose(one(x), wanted @ p["c"], rtol=1e-4, atol=1e-4)
+    for act, name in (
+        (jax.nn.sigmoid, "logistic"),
+        (lambda v: 2 * v**2 + 1, ""),
+        (lambda v: v * v, ""),
+        (jax.nn.softplus, ""),
+        (jax.nn.softmax, "exp"),
+    ):
+        achieved, reason = rows_of(made(act), "signs")["params/b"]
+        assert achieved == "always +1" and name in reason
+    for act in (
+        lambda v: jnp.where(v > 0, 0, v),
+        lambda v: jnp.where(v < 0, v, 0),
+        lambda v: v * (v < 0),
+        lambda v: jnp.logaddexp(v, -3.0),
+        lambda v: v**3,
+        lambda v: jnp.exp(v) - 1,
+    ):
+        one = made(act)
+        assert not rows_of(one, "signs") and not rows_of(one, "identity")
