@@ -56,7 +56,8 @@ def binarize(
       inputs: quantizer of inputs; default `quantize.binary(1, gradient, None)`; "real"
         leaves them. Any quantizer may stand here, `lsq(2)` with `batches` too.
       link: None, "identity" (Bi-Real), or what `elastic_link` or `squeeze_interact`
-        returned. A site that it does not fit has none, and the report says so.
+        returned. A site that it does not fit, or that has one, gets none, and the
+        report says so.
       gradient: of the signs of inputs, one of those of `quantize.binary`.
       ends: bits of the first and the last layer of the network, 32: real. None: they
         are as the others. Below 32 they wait for `batches`, and have no link.
@@ -73,6 +74,11 @@ def binarize(
     Returns:
       Model -> Model with a row of the report for each site and each ReLU. Calls inside
       the network (jit, remat) are inlined where anything but quantizers is put in.
+
+      The float network rounds where alpha is a mean: a sum that is exactly zero may
+      get either sign there, while what `deploy.integer` packs is exact. With weights
+      `quantize.binary(1, "clipped", "power_of_two")` both agree bit for bit. Signs in
+      a loop (a scan over layers) are trained, but no product of words is made there.
 
     Raises:
       NoMatchError: if `where` or an override matches no site.

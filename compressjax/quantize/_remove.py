@@ -17,7 +17,8 @@ def remove() -> Transform:
 
     The network's own variables stay as they are (trained, folded or pruned); a
     `schedule` goes with its quantizers. After `ptq` what comes out is the fused float
-    network.
+    network. After `binary.binarize` links, shifts, scales and what took the place of
+    ReLUs stay.
 
     Returns:
       Model -> Model in float, or as the insertion before left it.
