@@ -166,9 +166,10 @@ class Walk(_signs.Signs):
         """The operands as the float arrays that the equation was written for."""
 
         def operand(x: Any, aval: Any) -> Any:
+            value = self.as_float(x)
             if isinstance(x, Quantized | Lazy):
-                return self.as_float(x).astype(aval.dtype)
-            return tracing.varying_as(self.as_float(x), aval)
+                value = value.astype(aval.dtype)
+            return tracing.varying_as(value, aval)
 
         return [operand(x, a.aval) for x, a in zip(ins, eqn.invars, strict=True)]
 
