@@ -187,12 +187,14 @@ def _constant(eqn: tracing.Equation, alike: dict[Any, Any]) -> None:
         return
     name, p = eqn.primitive.name, eqn.params
     out: Any = eqn.outvars[0]
+    first = eqn.invars[0] if eqn.invars else None
+    known = alike.get(first, ()) if isinstance(first, tracing.Var) else ()
     if name == "broadcast_in_dim":
         (source,) = eqn.invars[:1]
         dims = p["broadcast_dimensions"]
         shape: Any = getattr(source.aval, "shape", ())
         kept = {d for d, n in zip(dims, shape, strict=True) if n != 1}
-        kept -= {dims[a] for a in alike.get(source, ())} if dims else set()
+        kept -= {dims[a] for a in known}
         alike[out] = frozenset(range(out.aval.ndim)) - kept
     elif name in ELEMENTWISE:
         ndim = out.aval.ndim
@@ -206,10 +208,10 @@ def _constant(eqn: tracing.Equation, alike: dict[Any, Any]) -> None:
     elif name == "tile":
         shape = getattr(eqn.invars[0].aval, "shape", ())
         one = {a for a, n in enumerate(shape) if n == 1}
-        alike[out] = frozenset(one | set(alike.get(eqn.invars[0], ())))
+        alike[out] = frozenset(one | set(known))
     elif name in _MOVES:
         found = set()
-        for at in alike.get(eqn.invars[0], ()):
+        for at in known:
             with contextlib.suppress(Mixed):
                 found.add(_RULES[name](eqn, 0, at))
         alike[out] = frozenset(found)

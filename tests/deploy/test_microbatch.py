@@ -88,6 +88,14 @@ def test_what_mixes_examples_is_seen(fn, reason):
     assert _microbatch.mixes(tracing.trace(fn, jnp.ones(3), (X,))) == reason
 
 
+def test_constants_that_are_moved_mix_nothing():
+    def fn(v, x):
+        one = jax.lax.reshape(jnp.float32(2), (1, 1, 1, 1))
+        return x * jax.lax.expand_dims(one[0], (0,))
+
+    assert _microbatch.mixes(tracing.trace(fn, {}, (X,))) == ""
+
+
 def test_a_program_that_knows_its_batch_stays_whole():
     for fn in (lambda v, x: x / x.shape[0], lambda v, x: x * (2 if len(x) > 3 else 1)):
         f = _microbatch.split(fn, 2)
