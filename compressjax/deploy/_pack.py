@@ -70,7 +70,6 @@ class Pack(Walk):
         self.packed: dict[str, Any] = {}
         self.fixed_plan = fixed_plan
         self.numbers = Leaves(lambda i: jnp.asarray(leaves[i]))
-        self.specs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
         self.found_markers: dict[str, Any] = {}
         self.found_alias: dict[str, str] = {}
         self.facts: dict[str, Any] = {}

@@ -203,6 +203,8 @@ class Products(_rules.Rules):
             reason = f"its input {no_codes}"
         elif site.params.get("batch_group_count", 1) != 1:
             reason = "it has batch groups"
+        elif site.is_conv and site.weight_side == 0:
+            reason = "a convolution with its weight on the left"
         else:
             reason = ""
         if reason:

@@ -9,17 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compressjax.core import errors
 from compressjax.core import sites as finding
 from compressjax.core import trace as tracing
-from compressjax.deploy import _lowerings, _products, _thresholds, _xnor
-from compressjax.deploy._values import (
-    CONSTANTS,
-    Codes,
-    Known,
-    Lazy,
-    StaysFloat,
-    Sums,
-)
+from compressjax.deploy import _known, _lowerings, _products, _thresholds, _xnor
+from compressjax.deploy._values import CONSTANTS, Codes, Known, Lazy, Leaves, Sums
 
 
 class Signs(_products.Products):
@@ -28,6 +22,7 @@ class Signs(_products.Products):
     env: dict[Any, Any]
     memo: dict[Any, Any]
     skipped: dict[int, int | None]  # equation -> the sign that stands for it
+    specs: list[jax.ShapeDtypeStruct]  # of the variables
 
     def read(self, atom: Any) -> Any:
         raise NotImplementedError
@@ -58,6 +53,17 @@ class Signs(_products.Products):
         marker = self.skipped[i]
         return marker is None or self.sums_behind(marker) is not None
 
+    def needed_after_all(self, i: int) -> list[int]:
+        """The equations before marker i that were left out, but are computed."""
+        if i not in self.program.signs:
+            return []
+        inner = self.program.inner[i]
+        if not self.is_sign(i):
+            return sorted(inner)
+        if self.compared(i) is None:
+            return sorted(inner & set(self.program.signs[i].steps))
+        return []
+
     def sums_behind(self, marker: int) -> Sums | None:
         """The sums that the sign at a marker is a question about."""
         site = self.program.signs[marker].site
@@ -66,17 +72,76 @@ class Signs(_products.Products):
         sums = self.env[self.program.jaxpr.jaxpr.eqns[site].outvars[0]]
         return sums if isinstance(sums, Sums) else None
 
+    def compared(self, marker: int) -> Sums | None:
+        """The sums that a sign compares with an integer for each output channel.
+
+        None where a step differs from example to example, or from pixel to pixel: then
+        the steps stay float, behind sums that are as exact.
+        """
+        return self.once(("compared", marker), lambda: self._compared(marker))
+
+    def _compared(self, marker: int) -> Sums | None:
+        sums = self.sums_behind(marker)
+        if sums is None:
+            return None
+        channels = self.program.sites[self.program.signs[marker].site].out_axes
+        shape = self.shape_of_steps(marker, sums)
+        wide = [a for a, n in enumerate(shape) if n != 1 and a not in channels]
+        name = f"{self.program.markers[marker]}/per_channel"
+        if not self.decide(name, lambda: not wide):
+            return None
+        if wide:  # packed when this axis had the length 1
+            raise errors.RefusedError(
+                f"a step before a sign has the shape {shape}; it was packed for one "
+                "number in each channel.",
+                path=sums.site,
+                operation="deploy.integer",
+                remedy="Pack the Model with inputs of this size: "
+                "model.replace(inputs=...) before deploy.integer().",
+            )
+        for _, known, _ in self.steps(marker):
+            number = None if known is None else _known.number(known)
+            if number is not None:  # it may count pixels, as in a mean
+                self.as_packed(sums.site, "a factor", number, lambda a, b: a == b)
+        return sums
+
+    def steps(self, marker: int) -> list[tuple[str, Known | None, bool]]:
+        """(primitive, the number or None, is it the first operand) before a sign."""
+        eqns, at = self.program.jaxpr.jaxpr.eqns, self.program.signs[marker]
+        steps, atom = [], eqns[at.site].outvars[0]
+        for k in at.steps:
+            eqn, known, first = eqns[k], None, False
+            if len(eqn.invars) == 2:
+                first = eqn.invars[1] is atom
+                known = self.read(eqn.invars[0 if first else 1])
+            steps.append((eqn.primitive.name, known, first))
+            atom = eqn.outvars[0]
+        return steps
+
+    def shape_of_steps(self, marker: int, sums: Sums) -> tuple[int, ...]:
+        """The shape of all that is added or multiplied, with 1 where it is the same."""
+        knowns = [known for _, known, _ in self.steps(marker) if known is not None]
+
+        def values() -> list[Any]:
+            leaves = Leaves(
+                lambda i: jnp.zeros(self.specs[i].shape, self.specs[i].dtype)
+            )
+            return [jnp.asarray(leaves.of(known)) for known in knowns]
+
+        shapes = [x.shape for x in jax.eval_shape(values)]
+        return np.broadcast_shapes((1,) * sums.acc.ndim, *shapes)
+
     def signs(self, i: int, name: str, fact: dict[str, Any]) -> Codes:
         """The codes -1 and +1 of a sign: of integer sums by a threshold."""
         source = self.read(self.program.signs[i].source)
-        sums = self.sums_behind(i)
+        sums = self.compared(i)
         if sums is not None:
             first, second = (
                 self.constant(
                     f"{CONSTANTS}/{name}/{what}",
-                    lambda k=k: self.once(("threshold", i), lambda: self.threshold(i))[
-                        k
-                    ],
+                    lambda k=k: self.once(
+                        ("threshold", i), lambda: self.threshold(i, sums)
+                    )[k],
                 )
                 for k, what in enumerate(("threshold", "flip"))
             )
@@ -105,25 +170,16 @@ class Signs(_products.Products):
             make=None if one else codes,
         )
 
-    def threshold(self, marker: int) -> tuple[Any, Any]:
-        """While packing: (T, flip) of the sign at a marker, whose sums there are."""
-        sums: Any = self.sums_behind(marker)
-        program = self.program
-        eqns, at = program.jaxpr.jaxpr.eqns, program.signs[marker]
-        steps, atom = [], eqns[at.site].outvars[0]
-        for k in at.steps:
-            eqn, other, first = eqns[k], None, False
-            if len(eqn.invars) == 2:
-                first = eqn.invars[1] is atom
-                known = self.read(eqn.invars[0 if first else 1])
-                other = np.asarray(self.concrete(known), np.float64)
-                other = other.reshape((1,) * (sums.acc.ndim - other.ndim) + other.shape)
-            steps.append((eqn.primitive.name, other, first))
-            atom = eqn.outvars[0]
-        threshold, flip = _thresholds.compose(steps, np.asarray(sums.scale))
-        if threshold.shape[0] != 1:
-            raise StaysFloat(sums.site, "a step before a sign depends on the batch")
-        return threshold, flip
+    def threshold(self, marker: int, sums: Sums) -> tuple[Any, Any]:
+        """While packing: (T, flip) of the sign at a marker."""
+        steps = []
+        for name, known, first in self.steps(marker):
+            value = None
+            if known is not None:
+                value = np.asarray(self.concrete(known), np.float64)
+                value = value.reshape((1,) * (sums.acc.ndim - value.ndim) + value.shape)
+            steps.append((name, value, first))
+        return _thresholds.compose(steps, np.asarray(sums.scale))
 
     # Products.
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,6 +38,10 @@ class Walk(_signs.Signs):
     ):
         self.program, self.found = program, found
         self.paths = trace.paths
+        self.specs = [
+            jax.ShapeDtypeStruct(jnp.shape(x), x.dtype)
+            for x in trace.in_values[: trace.n_variables]
+        ]
         self.products = {}
         self.bits = {}
         self.taken: dict[str, int] = {}
@@ -84,9 +89,8 @@ class Walk(_signs.Signs):
             steps = self.program.signs[sign].steps
             self.skipped.update({k: sign if k in steps else None for k in inner})
         for i in range(len(jaxpr.jaxpr.eqns)):
-            if i in self.program.signs and not self.is_sign(i):
-                for k in sorted(self.program.inner[i]):
-                    self.take(k)
+            for k in self.needed_after_all(i):
+                self.take(k)
             if not self.skips(i):
                 self.take(i)
         return [self.as_float(self.read(a)) for a in jaxpr.jaxpr.outvars]

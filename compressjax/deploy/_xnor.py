@@ -46,18 +46,16 @@ def is_name(name: str) -> bool:
 
 
 def fits(site: finding.Site) -> bool:
-    """Can this product run on words? Shapes and parameters alone decide.
+    """Can this product with a weight run on words? Its shapes and parameters decide.
 
     Not with zeros inside its border, or fewer than 4 signs in a group.
     """
-    if site.leaf is None:
-        return False
     if not site.is_conv:
         _, batch = site.params["dimension_numbers"]
         return not batch[0] and terms(site)[0] >= 4
     conv = _forms.Conv.of(site.params)
     bare = not any(lo or hi for lo, hi in conv.padding) and set(conv.x_dilation) <= {1}
-    return bare and conv.batch_groups == 1 and terms(site)[0] >= 4
+    return bare and terms(site)[0] >= 4
 
 
 def candidates(names: tuple[str, ...]) -> tuple[str, ...]:
