@@ -68,8 +68,12 @@ def small_sgd(model, ctx):
 
 
 def last_sgd(model, ctx):
-    """A hundredth of the rate of the float network, once ranges and norms are fixed."""
-    return optax.sgd(ctx.config.lr / 100, momentum=0.9, nesterov=True)
+    """A thousandth of the rate of the float network, once ranges and norms are fixed.
+
+    Fixed norms no longer follow the weights: at a hundredth the training of this small
+    network diverged (83, 81, 82 % -> 64, 62, 41 %).
+    """
+    return optax.sgd(ctx.config.lr / 1000, momentum=0.9, nesterov=True)
 
 
 def learned(bits, ctx):

@@ -54,7 +54,7 @@ def checked(
             )
         held = after.variables[collection][row.path]["link"]
         k = held["omega"].shape[-1] if "omega" in held else 0
-        spread = k * math.prod(site.out[1:])  # (omega m) (T v), pixel by pixel
+        spread = k * math.prod(site.out)  # (omega m) (T v), pixel by pixel
         ops = (sum(r.macs for r in found) + spread) * ONE_BIT / site.macs
         said += f", {ops:.2%} of its operations at one bit"
         out.append(Row(row.transform, row.path, row.requested, said, row.reason))

@@ -24,15 +24,6 @@ from compressjax.core.labels import (
     Labels,
 )
 
-ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
-    cbrt ceil clamp clz complex conj convert_element_type copy copy_p cos cosh digamma
-    div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma imag integer_pow
-    is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or
-    population_count pow real reduce_precision rem round rsqrt select_n shift_left
-    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient
-    sub tan tanh xor pvary pcast sharding_constraint""".split()
-)
 FOLD = {
     "add": np.add,
     "sub": np.subtract,
@@ -335,7 +326,7 @@ def random(e: Engine, eqn: Any, ins: Sequence[Labels]) -> list[Labels]:
 
 
 RULES: dict[str, Any] = {
-    **dict.fromkeys(ELEMENTWISE, elementwise),
+    **dict.fromkeys(trace.ELEMENTWISE, elementwise),
     **dict.fromkeys(
         """jit pjit closed_call core_call custom_jvp_call custom_vjp_call
         custom_vjp_call_jaxpr checkpoint remat remat2""".split(),

@@ -27,6 +27,17 @@ Literal = jex.core.Literal
 Var = jex.core.Var
 DropVar = jex.core.DropVar
 
+# Primitives that work element by element (operands of size 1 are stretched).
+ELEMENTWISE = frozenset(
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
+    cbrt ceil clamp clz complex conj convert_element_type copy copy_p cos cosh digamma
+    div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma imag integer_pow
+    is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or
+    population_count pow real reduce_precision rem round rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient
+    sub tan tanh xor pvary pcast sharding_constraint""".split()
+)
+
 
 def is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)

@@ -11,11 +11,8 @@ from compressjax.core import trace as tracing
 from compressjax.deploy import _program
 from compressjax.deploy._values import Known, Leaves, Weight
 
-_ELEMENTWISE = frozenset(
-    "add sub mul div max min neg abs exp log sqrt rsqrt integer_pow pow sign round"
-    " floor ceil tanh logistic square select_n eq ne lt le gt ge and or not clamp"
-    " is_finite convert_element_type stop_gradient copy erf expm1 log1p".split()
-)
+# Those that do not look at the sizes of their operands.
+_ELEMENTWISE = tracing.ELEMENTWISE - {"sharding_constraint"}
 
 
 def literal(value: Any) -> Known:

@@ -21,15 +21,7 @@ from compressjax.core import trace as tracing
 
 EXAMPLES = 16  # at a time, where `deploy` tries it
 
-ELEMENTWISE = frozenset(
-    """abs acos add add_any and asin atan2 atan cbrt ceil clamp convert_element_type
-    copy copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
-    is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow rem round
-    rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh
-    sqrt square stop_gradient sub tan tanh xor pvary population_count
-    bitcast_convert_type
-    """.split()
-)
+ELEMENTWISE = tracing.ELEMENTWISE | {"bitcast_convert_type"}
 
 
 class Mixed(Exception):

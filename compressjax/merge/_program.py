@@ -12,16 +12,6 @@ from compressjax.core import sites as finding
 from compressjax.core import straight_through
 from compressjax.core import trace as tracing
 
-# Operations that work element by element (operands of size 1 are stretched).
-ELEMENTWISE = frozenset(
-    """abs acos add add_any and asin atan2 atan cbrt ceil clamp convert_element_type
-    copy copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
-    is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow rem round
-    rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor pvary
-    """.split()
-)
-
-
 # What does not change values, and what of an equation does not say what it computes.
 _TRANSPARENT = ("convert_element_type", "copy", "copy_p", "pvary", "stop_gradient")
 _HOW = ("precision", "preferred_element_type", "sharding", "out_sharding", "dtype",
@@ -105,7 +95,7 @@ class Program:
         out: Any = eqn.outvars[0]
         invars: list[Any] = list(eqn.invars)
         old = [self.varying_axes(a) for a in eqn.invars]
-        if name in ELEMENTWISE:
+        if name in tracing.ELEMENTWISE:
             new = frozenset().union(*old)
         elif name == "broadcast_in_dim":
             new = {p["broadcast_dimensions"][a] for a in old[0]}
@@ -197,7 +187,8 @@ class Program:
             if name in _TRANSPARENT:
                 return ins[0]
             parts = [name, str(eqn.outvars.index(atom)), *ins]
-            if name not in ELEMENTWISE and name not in ("broadcast_in_dim", "reshape"):
+            plain = name in tracing.ELEMENTWISE and name != "reduce_precision"
+            if not plain and name not in ("broadcast_in_dim", "reshape"):
                 parts += [str(getattr(a.aval, "shape", ())) for a in eqn.invars]
                 parts += _settings(eqn)
             elif name == "integer_pow":

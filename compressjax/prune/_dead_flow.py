@@ -11,7 +11,6 @@ A reader of zeros needs nothing. A reader of constants takes them in as a bias, 
 sees no zero padding. Anything else cannot be cut away afterwards, and is said by name.
 """
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -209,7 +208,7 @@ class Flow:
             return ZERO if ins[0] == ins[1] == ZERO else VARIES
         if name in _KEEPS_ZERO:
             return worst
-        if name in _elementwise():
+        if name in tracing.ELEMENTWISE:
             return max(worst, CONST)
         return VARIES
 
@@ -225,13 +224,6 @@ class Flow:
         at = [k for k, n in enumerate(numbers) if n is not None and sign * n <= 0]
         rest = [s for k, s in enumerate(states) if k not in at]
         return ZERO if max(rest, default=ZERO) == ZERO else max(*states, CONST)
-
-
-@functools.cache
-def _elementwise() -> frozenset[str]:
-    from compressjax.core import label_rules
-
-    return label_rules.ELEMENTWISE
 
 
 def _summed(eqn: Any, atom: Any) -> tuple[int, ...]:

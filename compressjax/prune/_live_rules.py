@@ -4,7 +4,7 @@ A rule is ``rule(eqn, ins) -> outs`` over `_live.Live`; it raises NeedFull where
 not apply. A primitive that is not in the table runs at full size.
 """
 
-from compressjax.core import label_rules
+from compressjax.core import trace
 from compressjax.prune import _live_calls as calls
 from compressjax.prune import _live_lookups as lookups
 from compressjax.prune import _live_movement as movement
@@ -13,7 +13,7 @@ from compressjax.prune._live_elementwise import elementwise
 from compressjax.prune._live_run import Rule
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(label_rules.ELEMENTWISE, elementwise),
+    **dict.fromkeys(trace.ELEMENTWISE, elementwise),
     **dict.fromkeys("jit pjit closed_call core_call".split(), calls.inline),
     **dict.fromkeys("checkpoint remat remat2".split(), calls.remat),
     **dict.fromkeys("custom_vjp_call custom_vjp_call_jaxpr".split(), calls.custom_vjp),

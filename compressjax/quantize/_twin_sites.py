@@ -18,7 +18,6 @@ from compressjax.core import errors
 from compressjax.core import sites as finding
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model
-from compressjax.merge import _program
 from compressjax.quantize import _twin, _uniform, observers
 from compressjax.quantize._quantizer import Quantizer
 
@@ -169,7 +168,7 @@ def _function(var: Any, made: dict[Any, tracing.Equation], order: dict) -> str:
     for _ in range(_STEPS):
         latest = max(open_, key=lambda v: order.get(v, -1))
         eqn = made.get(latest)
-        if eqn is None or eqn.primitive.name not in _program.ELEMENTWISE:
+        if eqn is None or eqn.primitive.name not in tracing.ELEMENTWISE:
             return ""
         open_.discard(latest)
         open_ |= {a for a in eqn.invars if isinstance(a, tracing.Var)}

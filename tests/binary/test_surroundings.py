@@ -190,3 +190,61 @@ def test_a_relu_is_one_however_it_is_written(small):
     ):
         one = made(act)
         assert not rows_of(one, "signs") and not rows_of(one, "identity")
+
+
+def test_products_without_windows_of_their_input_get_nothing():
+    """A link and a scale read windows of x: not where the weight is the image."""
+    x = jnp.asarray(numbers(4, 6, 6, 4))
+    sizes = {"plain": (3, 3, 4, 4), "left": (2, 8, 8, 4), "groups": (3, 3, 4, 4)}
+    p = {k: jnp.asarray(numbers(*s)) for k, s in sizes.items()}
+
+    def conv(a, b, kernel="HWIO", **more):
+        dims = ("NHWC", kernel, "NHWC")
+        return jax.lax.conv_general_dilated(
+            a, b, (1, 1), "SAME", dimension_numbers=dims, **more
+        )
+
+    def net(p, x):
+        x = conv(x, p["plain"])
+        left = conv(p["left"], x, "OHWI")
+        return left, conv(x, p["groups"], batch_group_count=2)
+
+    model = cj.from_function(net, p, x)
+    made = cj.binary.binarize(
+        ends=None, link=cj.binary.elastic_link(), activation_scale=True
+    )(model)
+    why = "a convolution with its weight on the left, or batch groups"
+    for option in ("elastic_link", "activation_scale"):
+        reasons = {path: why for path, (_, why) in rows_of(made, option).items()}
+        assert reasons == {"params/plain": "", "params/left": why, "params/groups": why}
+    assert list(made.variables["binarize"]) == ["params/plain"]
+
+
+def test_only_signs_ask_relus_to_give_way(small):
+    """Of two sites behind ReLUs, the one with codes 0..3 keeps its ReLU."""
+
+    def net(p, x):
+        return jax.nn.sigmoid(jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"])
+
+    params = {**small.variables["params"], "d": jnp.asarray(numbers(5, 5))}
+    x = jnp.asarray(numbers(4, 5))
+    model = cj.from_function(lambda p, x: net(p, x) @ p["d"], params, x)
+    two = {"inputs": cj.quantize.lsq(2, signed=False)}
+    made = cj.binary.binarize(
+        ends=None, overrides={"a": None, "b": two}, batches=[(x,)]
+    )(model)
+    relus = [r for r in made.report if r.path.startswith("relu")]
+    assert [(r.path, r.achieved) for r in relus if "front of" in r.path] == [
+        ("relu in front of params/c", "identity")
+    ]
+    assert sum(r.achieved == "keep" for r in relus) == 1
+    assert rows_of(made, "signs") == {
+        "params/d": (
+            "always +1",
+            "its input is never negative, behind logistic: every sign is +1",
+        )
+    }
+    kept = cj.binary.binarize(
+        ends=None, overrides={"a": None, "d": two}, batches=[(x,)]
+    )(model)
+    assert not rows_of(kept, "signs")  # codes 0..3 of a sigmoid are what they should be
