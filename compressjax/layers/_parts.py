@@ -27,9 +27,10 @@ def conv(
     stride: int = 1,
     dilation: int = 1,
     groups: int = 1,
+    bias: bool = False,
     init: Any = he_normal,
 ) -> nn.Conv:
-    """A convolution without bias.
+    """A convolution.
 
     Raises:
       ValueError: if it would have no channels.
@@ -45,7 +46,7 @@ def conv(
         padding=padding,
         kernel_dilation=(dilation, dilation),
         feature_group_count=groups,
-        use_bias=False,
+        use_bias=bias,
         kernel_init=init,
         name=name,
     )

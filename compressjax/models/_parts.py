@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from compressjax import layers
+from compressjax.layers import _parts as shared
 
-he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+batch_norm, he_normal, one_of = shared.batch_norm, shared.he_normal, shared.one_of
 
 # Fields of a gate that the network reads, not the gate: where it stands, and whether
 # it squeezes a map before its batch norm or after it.
@@ -23,47 +24,13 @@ GATES: dict[str, Any] = {"se": layers.SE, "sev2": layers.SEv2}
 Attention = tuple[Any, ...]
 
 
-def conv(
-    features: int,
-    kernel: int,
-    *,
-    name: str,
-    stride: int = 1,
-    groups: int = 1,
-    bias: bool = False,
-    init: Any = he_normal,
-) -> nn.Conv:
+def conv(features: int, kernel: int, *, name: str, **options: Any) -> nn.Conv:
     """A square convolution, kernel // 2 pixels of zeros on each side.
 
-    Raises:
-      ValueError: if it would have no channels.
+    The options are those of `shared.conv`.
     """
-    if features < 1:
-        raise ValueError(
-            f'the layer "{name}" would have {features} channels: a width is at least 1.'
-        )
-    return nn.Conv(
-        features,
-        (kernel, kernel),
-        strides=(stride, stride),
-        padding=((kernel // 2, kernel // 2), (kernel // 2, kernel // 2)),
-        feature_group_count=groups,
-        use_bias=bias,
-        kernel_init=init,
-        name=name,
-    )
-
-
-def batch_norm(*, train: bool, name: str, zero_gamma: bool = False) -> nn.BatchNorm:
-    """Batch normalisation: momentum .9 (the share of the old mean), epsilon 1e-5."""
-    zeros, ones = nn.initializers.zeros, nn.initializers.ones
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        scale_init=zeros if zero_gamma else ones,
-        name=name,
-    )
+    pads = (kernel // 2, kernel // 2), (kernel // 2, kernel // 2)
+    return shared.conv(features, (kernel, kernel), pads, name=name, **options)
 
 
 def max_pool(x: jnp.ndarray) -> jnp.ndarray:
@@ -87,17 +54,6 @@ def variant(table: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]
         hint = f' Did you mean "{near[0]}"?' if near else ""
         raise ValueError(f'no variant "{name}". There are {", ".join(table)}.{hint}')
     return dict(table[name])
-
-
-def one_of(value: str, allowed: tuple[str, ...], field: str) -> str:
-    """`value`, if it is one of the allowed words.
-
-    >>> one_of("pad", ("projection", "pad"), "shortcut")
-    'pad'
-    """
-    if value not in allowed:
-        raise ValueError(f'{field}="{value}" is not one of {", ".join(allowed)}.')
-    return value
 
 
 def options(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Block(nn.Module):
             conv = _parts.conv(width, kernel, stride=stride, name=f"conv{i}")(y)
             conv = gate("3x3", conv) if i == len(layers) - 1 else conv
             y = _parts.batch_norm(
-                train=train, name=f"bn{i}", zero_gamma=last and self.zero_gamma
+                train=train, name=f"bn{i}", gamma=float(not (last and self.zero_gamma))
             )(conv)
             y = gate("standard", y, conv) if last else nn.relu(y)
         skip = gate("identity", self._shortcut(x, out, train) if changes else x)

@@ -75,7 +75,7 @@ class Block(nn.Module):
             )(y)
             conv = gate("3x3", conv) if i == len(layers) - 1 else conv
             y = _parts.batch_norm(
-                train=train, name=f"bn{i}", zero_gamma=last and self.zero_gamma
+                train=train, name=f"bn{i}", gamma=float(not (last and self.zero_gamma))
             )(conv)
             y = gate("standard", y, conv) if last else nn.relu(y)
         if x.shape[-1] != self.out or self.stride != 1:
