@@ -80,17 +80,29 @@ def in_front(program: _program.Program, sites: Iterable[str]) -> tuple[Relu, ...
 def others(program: _program.Program, taken: Iterable[Relu]) -> list[int]:
     """The equations that are ReLUs too."""
     indices = {r.index for r in taken}
-
-    def variance(eqn: tracing.Equation) -> bool:  # a norm's max(0, E x^2 - (E x)^2)
-        made = [program.producer.get(a) for a in eqn.invars if not program.is_known(a)]
-        return any(program.eqns[i].primitive.name == "sub" for i in made if i)
-
     return [
         i
         for i in sorted(program.live - indices)
         if operand_of(program, program.eqns[i]) is not None
-        and not variance(program.eqns[i])
+        and not of_variance(program, program.eqns[i])
     ]
+
+
+def of_variance(program: _program.Program, eqn: tracing.Equation) -> bool:
+    """A norm's max(0, E x^2 - (E x)^2), which is no ReLU."""
+    for e in (_made(program, a) for a in eqn.invars if not program.is_known(a)):
+        if e is not None and e.primitive.name == "sub":
+            of = _made(program, e.invars[1])
+            if of is not None and _is_square(of):
+                return True
+    return False
+
+
+def _is_square(eqn: tracing.Equation) -> bool:
+    if eqn.primitive.name == "mul":
+        return eqn.invars[0] is eqn.invars[1]
+    power = eqn.primitive.name == "integer_pow" and eqn.params["y"] % 2 == 0
+    return power or eqn.primitive.name == "square"
 
 
 def _behind(program: _program.Program, atom: Any, axis: int) -> dict[int, int | None]:
@@ -108,7 +120,7 @@ def _behind(program: _program.Program, atom: Any, axis: int) -> dict[int, int | 
         index = program.producer[value]
         eqn = program.eqns[index]
         if operand_of(program, eqn) is not None:
-            if not _in_hard_sigmoid(program, eqn):
+            if not in_hard_sigmoid(program, eqn):
                 found[index] = at
             continue
         name = eqn.primitive.name
@@ -139,10 +151,13 @@ def _before(eqn: tracing.Equation, atom: Any, axis: int | None) -> int | None:
 def operand_of(program: _program.Program, eqn: tracing.Equation) -> int | None:
     """Which operand x of an equation that is relu(x); None if it is none.
 
-    max(x, 0), a function called relu, where(x > 0, x, 0), and x * (x > 0).
+    max(x, 0), clamp(0, x, c), a function called relu, where(x > 0, x, 0), and
+    x * (x > 0).
     """
     name, atoms = eqn.primitive.name, eqn.invars
     data = [k for k, a in enumerate(atoms) if not program.is_known(a)]
+    if name == "clamp" and _segments._is_zero(program, atoms[0]):
+        return 1 if data == [1] else None
     if name == "max" and any(_segments._is_zero(program, a) for a in atoms):
         return data[0] if data else None
     if name.startswith("custom_") and _segments.describe(eqn) in ("relu", "relu6"):
@@ -204,14 +219,12 @@ def never_negative(
         return ""
     name, body = made.primitive.name, tracing.called(made)
     of = name if body is None else body.jaxpr.debug_info.func_name
-    if name == "integer_pow" and made.params["y"] % 2 == 0:
-        return "an even power"
     if operand_of(program, made) is not None:
         return "relu"
     if name in _POSITIVE:
         return name
-    if name == "mul" and made.invars[0] is made.invars[1]:
-        return "a square"
+    if _is_square(made):
+        return "a square" if name == "mul" else "an even power"
     larger = name == "max" or of == "logaddexp"  # softplus: log(e^x + e^0)
     if larger or name in (*_KEEPS, "convert_element_type"):
         each = [never_negative(program, a, gone) for a in made.invars]
@@ -222,7 +235,7 @@ def never_negative(
     return ""
 
 
-def _in_hard_sigmoid(program: _program.Program, eqn: tracing.Equation) -> bool:
+def in_hard_sigmoid(program: _program.Program, eqn: tracing.Equation) -> bool:
     """relu6(x + 3) / 6, alone or in hard_swish: a gate, which is no ReLU."""
     made = _made(program, next(a for a in eqn.invars if not program.is_known(a)))
     if made is None or made.primitive.name != "add":
@@ -231,22 +244,6 @@ def _in_hard_sigmoid(program: _program.Program, eqn: tracing.Equation) -> bool:
         isinstance(a, tracing.Literal) and jnp.ndim(a.val) == 0 and float(a.val) == 3
         for a in made.invars
     )
-
-
-def loop_has_relu(program: _program.Program, key: tuple[int, ...]) -> bool:
-    """True if a ReLU stands anywhere in the equation around a site."""
-
-    def visit(eqn: tracing.Equation) -> bool:
-        if eqn.primitive.name == "max":
-            return any(
-                isinstance(a, tracing.Literal)
-                and jnp.ndim(a.val) == 0
-                and float(a.val) == 0
-                for a in eqn.invars
-            )
-        return any(visit(e) for body in tracing.bodies(eqn) for e in body.eqns)
-
-    return visit(program.eqns[key[0]])
 
 
 def initial(kind: str, value: Any, axis: int | None) -> dict[str, jax.Array]:

@@ -14,6 +14,7 @@ from compressjax.binary import (
     _elastic_link,
     _frame,
     _identity,
+    _loops,
     _overhead,
     _squeeze_interact,
     _structure,
@@ -110,10 +111,13 @@ def put(
     gone = {r.index for r in relus} if kind != "keep" else set()
     for name in asked.get("signed", ()):
         key, site = sites[name]
-        if len(key) != 1 or name in asked["shifts"]:
+        if name in asked["shifts"]:
             continue
-        atom = program.eqns[key[0]].invars[1 - site.weight_side]
-        of = _activations.never_negative(program, atom, gone)
+        if len(key) != 1:
+            of = _loops.never_negative(program, key, site.leaf or "")
+        else:
+            atom = program.eqns[key[0]].invars[1 - site.weight_side]
+            of = _activations.never_negative(program, atom, gone)
         if of:
             why = f"its input is never negative, behind {of}: every sign is +1"
             rows.append(Row(NAME, name, "signs", "always +1", why))
@@ -229,7 +233,7 @@ def _reachable(
             if name not in inside:
                 continue
             if option == "activation" and not asked["strict"]:
-                if not _activations.loop_has_relu(program, sites[name][0]):
+                if not _loops.has_relu(program, sites[name][0]):
                     continue
             raise errors.UnsupportedError(
                 f"the site is inside {sites[name][1].inside[0]}, where {option} cannot "

@@ -1,6 +1,7 @@
 """Signs: markers whose codes are -1 and +1, and products of signs with signs."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -81,10 +82,10 @@ class Signs(_products.Products):
         return self.once(("compared", marker), lambda: self._compared(marker))
 
     def _compared(self, marker: int) -> Sums | None:
-        sums = self.sums_behind(marker)
-        if sums is None:
+        sums, site = self.sums_behind(marker), self.program.signs[marker].site
+        if sums is None or site is None:
             return None
-        channels = self.program.sites[self.program.signs[marker].site].out_axes
+        channels = self.program.sites[site].out_axes
         shape = self.shape_of_steps(marker, sums)
         wide = [a for a, n in enumerate(shape) if n != 1 and a not in channels]
         name = f"{self.program.markers[marker]}/per_channel"
@@ -136,12 +137,11 @@ class Signs(_products.Products):
         source = self.read(self.program.signs[i].source)
         sums = self.compared(i)
         if sums is not None:
+            pair = functools.partial(self.threshold, i, sums)
             first, second = (
                 self.constant(
                     f"{CONSTANTS}/{name}/{what}",
-                    lambda k=k: self.once(
-                        ("threshold", i), lambda: self.threshold(i, sums)
-                    )[k],
+                    lambda k=k: self.once(("threshold", i), pair)[k],
                 )
                 for k, what in enumerate(("threshold", "flip"))
             )
