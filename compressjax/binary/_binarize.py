@@ -1,6 +1,6 @@
 """Binary networks: products of signs, in any network, with what they need around them.
 
-    y = BN(conv(pad(sgn(x + a)), alpha sgn(w)) [* K]) + link(x)
+    y = BN(alpha conv(pad(sgn(x + a)), sgn(w)) [* K]) + link(x)
 
     sgn(x) = +1 if x >= 0, else -1;  its gradient is one of `quantize.binary`
     a       RSign's shift, learned, one for each channel                       (shift)
@@ -75,10 +75,10 @@ def binarize(
       Model -> Model with a row of the report for each site and each ReLU. Calls inside
       the network (jit, remat) are inlined where anything but quantizers is put in.
 
-      The float network rounds where alpha is a mean: a sum that is exactly zero may
-      get either sign there, while what `deploy.integer` packs is exact. With weights
-      `quantize.binary(1, "clipped", "power_of_two")` both agree bit for bit. Signs in
-      a loop (a scan over layers) are trained, but no product of words is made there.
+      Sums of signs are exact integers, in this float network as in what
+      `deploy.integer` packs: alpha stands behind them. Steps after them (norms, shifts)
+      round here, and do not at a sign that is packed as a threshold. Signs in a loop (a
+      scan over layers) are trained, but no product of words is made there.
 
     Raises:
       NoMatchError: if `where` or an override matches no site.

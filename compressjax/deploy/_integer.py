@@ -102,9 +102,9 @@ def integer(
 
     Paper: Jacob et al., CVPR 2018, arXiv 1712.05877.
     Differs: see the module. Codes of activations take a byte each, whatever their bits:
-    they live only inside the function. Sums of signs are exact; the float network that
-    they came from rounds where scales are means, and may give a sum that is exactly
-    zero either sign. With scales that are powers of two both agree bit for bit.
+    they live only inside the function. Sums of signs are exact, and signs that are
+    thresholds: the float network rounds in the steps before them, and in its sums where
+    a scale that is no power of two stands inside a weight (`binarize` puts it behind).
 
     >>> fq = cj.core.straight_through.fake_quant
     >>> m = cj.from_function(

@@ -16,6 +16,9 @@ the gradient:
     power_of_two   2^round(log2 mean|w|); m is multiplied by it (IR-Net)
     None           1, for inputs
 
+Where inputs are signs too, `insert` multiplies by the mean behind the product, whose
+sums are exact integers then; gradients are the same.
+
 EDE's t = 10^(4 p - 3) grows from 1e-3 to 10 with the progress p of training, which lies
 in the state (`set_progress` moves it). `normalize` centres each channel and divides it
 by its standard deviation (with n - 1) before the sign, as IR-Net does; gradients go
@@ -127,19 +130,31 @@ def binary(
             return state
         return {**state, "scale": fitted(x, state["scale"].shape)}
 
-    def apply(state: _quantizer.State, x: Any) -> jax.Array:
+    def parts(state: _quantizer.State, x: Any) -> tuple[Any, Any, Any]:
         x = jnp.asarray(x)
         alpha = jnp.float32(1) if scale is None else state["scale"]
         z = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if normalize:
             z = _standard(z, alpha.shape)
         now = 10 ** (4 * state["progress"] - 3) if moves else jnp.float32(t or 1.0)
-        return _signs(z, alpha, now, gradient, times_scale).astype(x.dtype)
+        return z, alpha, now
+
+    def apply(state: _quantizer.State, x: Any) -> jax.Array:
+        z, alpha, now = parts(state, x)
+        m = alpha if times_scale else jnp.float32(1)
+        return _signs(z, alpha, m, now, gradient).astype(jnp.result_type(x))
+
+    def split(state: _quantizer.State, x: Any) -> tuple[jax.Array, jax.Array]:
+        z, alpha, now = parts(state, x)
+        m = jnp.float32(1) if times_scale else 1 / alpha  # alpha comes behind
+        unit = _signs(z, jnp.float32(1), m, now, gradient)
+        return unit.astype(jnp.result_type(x)), jax.lax.stop_gradient(alpha)
 
     return _quantizer.Quantizer(
         init=init,
         apply=apply,
         update=update,
+        split=split if scale == "mean" else None,
         bits=1,
         ready=lambda state: scale is None or "scale" in state,
         settings=_quantizer.settings_text(
@@ -195,16 +210,14 @@ def slope(x: jax.Array, gradient: str, t: jax.Array) -> jax.Array:
     return inside.astype(x.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _signs(x, alpha, t, gradient: str, times_scale: bool) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _signs(x, alpha, gain, t, gradient: str) -> jax.Array:
+    """alpha sgn(x), with the derivative gain m(x)."""
     signs = jnp.where(x >= 0, 1.0, -1.0).astype(x.dtype)
     return straight_through.fake_quant(signs * alpha, alpha, 0.0, -1, 1)
 
 
 @_signs.defjvp
-def _(gradient, times_scale, primals, tangents):
-    x, alpha, t = primals
-    m = slope(x, gradient, t)
-    if times_scale:
-        m = m * alpha
-    return _signs(x, alpha, t, gradient, times_scale), m * tangents[0]
+def _(gradient, primals, tangents):
+    x, _, gain, t = primals
+    return _signs(*primals, gradient), gain * slope(x, gradient, t) * tangents[0]

@@ -15,6 +15,7 @@ from flax.core import scope as flax_scope
 
 from compressjax.core import errors, rewrite
 from compressjax.core.model import Model
+from compressjax.core.sites import Site
 from compressjax.quantize import _binary, _calibrate, _padding, _states
 from compressjax.quantize._calibrate import OBSERVED
 from compressjax.quantize._plan import Pair
@@ -147,11 +148,16 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
                 remedy=f'Pass the collection "{made.schedule}" of the Model on.',
             )
 
+        def of_signs(site: Site) -> bool:
+            """Are its inputs of one bit? Then its sums are exact integers."""
+            before, quantizer = made.bits.get(site.name, (32, 32)), plan[site.name][1]
+            return before[1] == 1 if quantizer is None else _binary.signs(quantizer)
+
         def rule(site, op, x, w, state):
             if site.name not in plan:
                 return op(x, w), None
             values = {"weights": w, "inputs": x}
-            new = {}
+            new, gain = {}, None
             for role, q in zip(values, plan[site.name], strict=True):
                 if q is None:
                     continue
@@ -177,14 +183,20 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
                         part = _select(at < ranges_until, part, old)
                     new[role] = part
                 if not waiting:
-                    values[role] = q.apply(part, value)
+                    if role == "weights" and q.split is not None and of_signs(site):
+                        values[role], gain = q.split(part, value)
+                    else:
+                        values[role] = q.apply(part, value)
                     if delayed and (role == "inputs" or site.leaf is None):
                         values[role] = _select(at < inputs_after, value, values[role])
             if new and site.name in recurrent:
                 new = {**(state or {}), **new}
             if made.padding and not waiting and _binary.signs(plan[site.name][1]):
                 op = _padding.padded(site, op, made.padding)
-            return op(values["inputs"], values["weights"]), new or None
+            y = op(values["inputs"], values["weights"])
+            if gain is not None:
+                y = y * _each_channel(site, gain).astype(y.dtype)
+            return y, new or None
 
         carried = completed(states, waiting)
         out, new = rewriter(rule, carried, variables, args, kwargs)
@@ -212,6 +224,23 @@ def without(mutable: Any, name: str) -> Any:
         left = [m for m in mutable if m != name]
         return left if left or not mutable else False
     return mutable
+
+
+def _each_channel(site: Site, gain: jax.Array) -> jax.Array:
+    """One number for each output channel of the weight, where it lands in the result.
+
+    The weight of a product has the gain's rank, with size 1 where it is shared.
+    """
+    if not gain.ndim:
+        return gain
+    order = sorted(range(len(site.out_axes)), key=lambda k: site.out_axes[k])
+    sizes = [gain.shape[a] for a in site.w_out_axes]
+    shape = [1] * site.out.ndim
+    for axis, size in zip(site.out_axes, sizes, strict=True):
+        shape[axis] = size
+    rest = [a for a in range(gain.ndim) if a not in site.w_out_axes]
+    moved = gain.transpose(*rest, *(site.w_out_axes[k] for k in order))
+    return moved.reshape(shape)
 
 
 def _select(first: Any, a: Any, b: Any) -> Any:

@@ -28,6 +28,8 @@ class Quantizer:
         A trained quantizer starts from data through it: init of a ShapeDtypeStruct
         gives {"watch": ...}, update adds what gradients train, and `calibrate` drops
         "watch". From then on only gradients move it.
+      split: ``split(state, w) -> (codes, gain)``, whose product is x_hat, for weights
+        whose gain of each output channel may be multiplied behind the product.
       bits: word length.
       trained: True if gradients train the state; False if only `update` moves it.
       ready: ``ready(state) -> bool``, True if `apply` may be called. Looks at the
@@ -41,6 +43,7 @@ class Quantizer:
     init: Callable[..., State]
     apply: Callable[[State, Any], Any]
     update: Callable[[State, Any], State] | None = None
+    split: Callable[[State, Any], tuple[Any, Any]] | None = None
     bits: int = 32
     trained: bool = False
     ready: Callable[[State], bool] = lambda state: True

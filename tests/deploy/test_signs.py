@@ -127,3 +127,53 @@ def test_a_sum_that_bfloat16_rounds_is_no_threshold(dtype):
     late, turned = packed(jnp.asarray(x, dtype))
     assert late[:, 0].tolist() == [1, -1, -1, -1]
     assert turned[:, 0].tolist() == [-1, -1, 1, -1]
+
+
+def test_means_stand_behind_sums_so_that_ties_are_those_of_integers():
+    """sum alpha s is rarely 0 where sum s is: its partial sums round."""
+    rng = np.random.default_rng(11)
+    sizes = {
+        "conv": (2, 2, 8, 12),
+        "left": (16, 48),
+        "two": (5, 4, 4),
+        "end": (20, 3),
+    }
+    p = {k: rng.normal(size=v).astype(F32) for k, v in sizes.items()}
+    x = rng.normal(size=(64, 3, 3, 8)).astype(F32)
+
+    def net(p, x):
+        dims = ("NHWC", "HWIO", "NHWC")
+        y = lax.conv_general_dilated(
+            x, p["conv"], (1, 1), "VALID", dimension_numbers=dims
+        )
+        y = (p["left"] @ y.reshape(len(x), -1).T).T.reshape(-1, 4, 4)
+        y = lax.dot_general(y, p["two"], (((2,), (1,)), ((1,), (2,))))  # i n l
+        return y, y.transpose(1, 0, 2).reshape(len(x), -1) @ p["end"]
+
+    model = cj.binary.binarize(ends=None)(cj.from_function(net, p, x))
+    packed = cj.deploy.integer(tune=False)(model)
+    acc, w = signs(x), {k: signs(v) for k, v in p.items()}
+    acc = np.stack(
+        [
+            np.tensordot(acc[:, i : i + 2, j : j + 2], w["conv"], 3)
+            for i in range(2)
+            for j in range(2)
+        ],
+        1,
+    )
+    ties = [(acc == 0).mean()]
+    acc = signs(acc.reshape(len(x), -1)) @ w["left"].T
+    ties.append((acc == 0).mean())
+    acc = np.einsum("nij,lji->nil", signs(acc.reshape(-1, 4, 4)), w["two"])
+    ties.append((acc == 0).mean())
+    alpha = np.abs(p["two"]).mean(1, dtype=F32)  # l i
+    first = (acc * alpha.T).transpose(1, 0, 2)
+    acc = signs(acc.reshape(len(x), -1)) @ w["end"]
+    assert min(ties) > 0.05
+    second = acc * np.abs(p["end"]).mean(0, dtype=F32)
+    floats = jax.jit(model.apply_fn)(model.variables, x)
+    for got, y, wanted in zip(packed(x), floats, (first, second), strict=True):
+        np.testing.assert_array_equal(got, y)
+        np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    rows = [r.achieved for r in packed.report if r.transform == "deploy.integer"]
+    assert rows == ["binary, packed"] * 4
