@@ -8,8 +8,9 @@ Depthwise 3x3 and pointwise 1x1 convolutions, all binary but the first; the head
 real. There is no shortcut in the network, so without links nothing real gets past a
 sign. Of the pointwise convolutions those that keep the number of channels alone can
 have an identity. All arms start from the numbers that the float network started from;
-the order of the pictures is another in each stage. Not run to its end yet. A size for
-two cores:
+the order of the pictures is another in each stage. Each binary arm ends with batch norm
+statistics taken anew from 2048 pictures: the moving ones are too noisy here. RESULTS.md
+has the numbers, at a size for two cores:
 
         --config.multiplier=0.25 --config.images.train='train[:10000]'
 """
@@ -74,7 +75,11 @@ def get_config() -> Config:
     }
     for name, link in links.items():
         at = functools.partial(binary, link=link)
-        stages.append(configs.Stage(name, at, optimizer=adam, epochs=10))
+        stages.append(
+            configs.Stage(
+                name, at, optimizer=adam, epochs=10, finish=configs.norms_anew
+            )
+        )
     return Config(
         build=build,
         images=configs.Images(
@@ -82,6 +87,7 @@ def get_config() -> Config:
         ),
         batch_size=128,
         test_batch_size=500,
+        calibration=2048,
         stages=stages,
         report=configs.Report(batches=()),
     )

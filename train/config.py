@@ -196,6 +196,8 @@ class Stage:
         hands on the Model without it.
       schedule: ``(variables, progress) -> variables`` of what is not trained, before
         each step, such as `cj.quantize.set_progress`.
+      finish: ``(model, ctx) -> Model`` with other values in the same variables, after
+        the last step and before the last evaluation, such as `norms_anew`.
     """
 
     name: str
@@ -207,6 +209,17 @@ class Stage:
     frozen: bool = False
     watch: Callable[[cj.Model, "Context"], cj.Model] | None = None
     schedule: Callable[[Any, Array], Any] | None = None
+    finish: Callable[[cj.Model, "Context"], cj.Model] | None = None
+
+
+def norms_anew(model: cj.Model, ctx: "Context") -> cj.Model:
+    """Statistics of batch norm as means over ``ctx.augmented``: a `finish` of a stage.
+
+    The moving averages of training see the last ten batches or so. Where signs follow
+    one another without shortcuts that is too few: the test accuracy of a small binary
+    MobileNet jumped from 41 % to 63 % between two epochs.
+    """
+    return cj.quantize.reestimate_norms(ctx.augmented)(model)
 
 
 @dataclasses.dataclass
@@ -217,7 +230,8 @@ class Config:
       build: ``(config, key, images) -> Model``; images is a ShapeDtypeStruct, NHWC.
       batch_size: examples in a training step, over all devices.
       test_batch_size: examples in an evaluation step, over all devices.
-      calibration: training examples that a stage finds in ``ctx.batches``.
+      calibration: training examples that a stage finds in ``ctx.batches``, ``labelled``
+        and ``augmented``.
       checkpoint_every: steps between checkpoints; one more is made at each epoch end.
       keep: checkpoints kept of each stage, its last one among them.
       fsdp: split variables and optimiser over the devices too.
@@ -257,6 +271,7 @@ class Context:
       steps: training steps of this stage.
       steps_per_epoch: training steps of one epoch.
       labelled: re-iterable of (pictures, labels): the batches with what is on them.
+      augmented: the batches, their pictures cropped and mirrored as in training.
     """
 
     config: Any
@@ -266,6 +281,7 @@ class Context:
     steps: int
     steps_per_epoch: int
     labelled: Iterable[tuple[Array, Array]] = ()
+    augmented: Iterable[tuple[Array, ...]] = ()
 
 
 def check(config: Config) -> Config:

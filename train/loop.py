@@ -16,7 +16,7 @@ import json
 import math
 import pathlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -64,20 +64,31 @@ class Terminate:
 class Batches:
     """Input tuples for calibration: the same pictures at every pass, normalised.
 
-    With ``labels=True`` each has the labels too.
+    With ``labels=True`` each has the labels too; with ``augmented=True`` the pictures
+    are cropped and mirrored as in training.
     """
 
-    def __init__(self, split: Any, config: configs.Config, *, labels: bool = False):
+    def __init__(
+        self,
+        split: Any,
+        config: configs.Config,
+        *,
+        labels: bool = False,
+        augmented: bool = False,
+    ):
         order = images.order(len(split), 1, seed=config.seed, stage=0, epoch=0)
         self.indices = order[: config.calibration, 0]
         self.split, self.size = split, min(config.batch_size, len(self.indices))
-        self.normalise = augment.normalise(config.images)
+        self.key = jax.random.key(config.seed) if augmented else None
+        make = augment.augment if augmented else augment.normalise
+        self.change: Callable[..., Any] = make(config.images)
         self.labels = labels
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         for i in range(0, len(self.indices), self.size):
             rows = self.split.rows(self.indices[i : i + self.size])
-            pictures = self.normalise(rows["image"])
+            key = () if self.key is None else (jax.random.fold_in(self.key, i),)
+            pictures = self.change(rows["image"], *key)
             yield (pictures, rows["label"]) if self.labels else (pictures,)
 
 
@@ -128,6 +139,7 @@ def run(config: configs.Config, workdir: str) -> dict[str, Any] | None:
     done: list[cj.Model] = []
     batches = Batches(train_split, config)
     labelled = Batches(train_split, config, labels=True)
+    augmented = Batches(train_split, config, augmented=True)
 
     def context(i: int, teacher: cj.Model | None) -> configs.Context:
         return configs.Context(
@@ -138,6 +150,7 @@ def run(config: configs.Config, workdir: str) -> dict[str, Any] | None:
             steps=lasts[i],
             steps_per_epoch=per_epoch,
             labelled=labelled,
+            augmented=augmented,
         )
 
     if config.rehearse and best is None:
@@ -302,6 +315,8 @@ def run_stage(
             if in_epoch and stop:
                 raise Stopped(f'stopped in stage "{stage.name}", step {at}; saved.')
         bar.end()
+        if stage.finish and epoch + 1 == stage.epochs:
+            state = meshes.put(finished(stage, model, ctx, state), shardings)
         log(epoch + 1, at, state)
         sums = jax.tree.map(np.zeros_like, meshes.get(state["sums"]))
         state = {**state, "sums": meshes.put(sums, shardings["sums"])}
@@ -309,6 +324,31 @@ def run_stage(
         if terminate():
             raise Stopped(f'stopped in stage "{stage.name}", epoch {epoch + 1}; saved.')
     return step.with_state(model, meshes.get(state))
+
+
+def finished(
+    stage: configs.Stage, model: cj.Model, ctx: configs.Context, state: step.State
+) -> step.State:
+    """The state with the variables that the stage's `finish` makes of them.
+
+    Raises:
+      ValueError: if it made other variables than there were.
+    """
+    assert stage.finish is not None
+    state = meshes.get(state)
+    before = step.with_state(model, state)
+    after = stage.finish(before, ctx)
+
+    def shapes(made: cj.Model) -> tuple[Any, Any]:
+        leaves = [(x.shape, x.dtype) for x in jax.tree.leaves(made.variables)]
+        return jax.tree.structure(made.variables), leaves
+
+    if shapes(after) != shapes(before):
+        raise ValueError(
+            f'stage "{stage.name}": its finish changed which variables there are. It '
+            "may change values; the transform of a next stage may change the network."
+        )
+    return step.with_variables(state, after.variables)
 
 
 def evaluate(

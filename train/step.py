@@ -41,6 +41,12 @@ def with_state(model: cj.Model, state: State) -> cj.Model:
     return model.replace(variables={k: found[k] for k in model.variables})
 
 
+def with_variables(state: State, variables: Mapping[str, Any]) -> State:
+    """The state with these variables in the place of its own."""
+    parts = ({k: variables[k] for k in state[part]} for part in ("trained", "rest"))
+    return {**state, **dict(zip(("trained", "rest"), parts, strict=True))}
+
+
 def train_step(
     apply_fn: Callable[..., Any],
     optimizer: Any,

@@ -123,9 +123,10 @@ def tiny_config(cache_dir):
                 loss=configs.feature_distillation("inner/*"),
                 watch=functools.partial(signs, watched=True),
                 schedule=cj.quantize.set_progress,
+                finish=configs.norms_anew,
             ),
         ],
-        images=configs.Images("digits", mean=(0.3,), std=(0.4,)),
+        images=configs.Images("digits", pad=1, mean=(0.3,), std=(0.4,)),
         batch_size=128,
         test_batch_size=360,
         calibration=128,
@@ -139,11 +140,12 @@ def tiny_config(cache_dir):
 
 def test_a_watched_stage_resumes_bit_for_bit(tmp_path, cache_dir, monkeypatch):
     """Killed in the middle of an epoch, where the features still count."""
-    made = []
+    made, seen = [], []
     run_stage = loop.run_stage
 
-    def remember(*args, **kwargs):
-        made.append(run_stage(*args, **kwargs))
+    def remember(index, stage, model, ctx, **kwargs):
+        seen.append(ctx)
+        made.append(run_stage(index, stage, model, ctx, **kwargs))
         return made[-1]
 
     def run():
@@ -168,6 +170,23 @@ def test_a_watched_stage_resumes_bit_for_bit(tmp_path, cache_dir, monkeypatch):
     assert len(progress) == 2
     assert all(x == pytest.approx(21 / 22) for x in progress.values())
     assert rows[-1]["test_loss"] < rows[1]["test_loss"] - 0.1
+    # The statistics are means over pictures cropped as in training, not moving ones.
+    stats = trees.flat(whole.variables["batch_stats"])
+    for batches, agree in ((seen[-1].augmented, True), (seen[-1].batches, False)):
+        means = cj.quantize.reestimate_norms(batches)(whole).variables["batch_stats"]
+        close = [np.allclose(stats[p], x, 1e-5) for p, x in trees.flat(means).items()]
+        assert all(close) == agree
+
+
+def test_a_finish_that_changes_the_network_is_refused(tmp_path, cache_dir):
+    """Checkpoints could not be read back into the network of the stage."""
+    config = tiny_config(cache_dir)
+    model = build(config, jax.random.key(0), IMAGES)
+    signed = cj.binary.binarize("inner/*", link=cj.binary.elastic_link())
+    stage = configs.Stage("student", finish=lambda model, ctx: signed(model))
+    state = step.init_state(model, optax.sgd(0.1))
+    with pytest.raises(ValueError, match='"student": its finish changed which'):
+        loop.finished(stage, model, None, state)
 
 
 # -- the configs --------------------------------------------------------------
