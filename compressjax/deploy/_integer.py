@@ -88,10 +88,11 @@ def integer(
       plan: what an earlier packing of the same network found; `deploy.load` gives it.
 
     Returns:
-      Model -> Model. variables: {"integer": weights under the path of their leaf, as
-      int8 codes, as bytes of packed codes where the range of the quantizer has fewer
-      than 8 bits, or as uint32 words of 32 signs; "requantization": biases,
-      multipliers, scales and thresholds by site; and the float leaves still needed}.
+      Model -> Model. variables: {"integer": weights under the path of their leaf, of
+      a leaf that is used again once more only where its words differ, as int8 codes,
+      as bytes of packed codes where the range of the quantizer has fewer than 8 bits,
+      or as uint32 words of 32 signs; "requantization": biases, multipliers, scales
+      and thresholds by site; and the float leaves still needed}.
       Its function is jitted and for evaluation only. The integers do not depend on
       `tune` or `choices`. The report says for each site what is stored; `bits` gains
       what the quantizers' ranges say.
@@ -207,6 +208,7 @@ class Integer(lowered.Lowered):
 
 def _report(packing: Pack, found: dict[str, Any], weight_only: bool) -> list[Row]:
     rows = []
+    again = packing.stored_again()
     for name in packing.names:
         reason = found["float"].get(name, "")
         stored = _stored_as(found["facts"], name)
@@ -217,6 +219,7 @@ def _report(packing: Pack, found: dict[str, Any], weight_only: bool) -> list[Row
             asked, achieved = "int8", "float" if reason else stored or "int8"
             if reason and stored:
                 reason += f"; its weight is stored as {stored}"
+        reason = "; ".join(r for r in (reason, again.get(name, "")) if r)
         rows.append(Row("deploy.integer", name, asked, achieved, reason))
     return rows
 

@@ -1,6 +1,7 @@
 """The walk with the variables at hand: computes what the running network reads."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 from compressjax.core import errors, packing
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model
-from compressjax.deploy import _lowerings, _program
-from compressjax.deploy._values import Known, Leaves, StaysFloat
+from compressjax.deploy import _lowerings, _products, _program
+from compressjax.deploy._values import CONSTANTS, WEIGHTS, Known, Leaves, StaysFloat
 from compressjax.deploy._walk import Walk
 
 _LEVELS = 4  # bits of the largest codebook: its levels are selected one by one
@@ -55,6 +56,12 @@ _KINDS = {
     float: (float, np.floating),
 }
 
+# Constants that a weight alone says, and which use of its leaf they are of.
+_OF_WEIGHTS = re.compile(
+    f"{WEIGHTS}/.|{CONSTANTS}/.*/(weight_zero|weight_scale|levels|sums)$"
+)
+_USE = re.compile(r"#\d+(?=/|$)")
+
 
 class Pack(Walk):
     """The walk with the variables at hand: computes what the running network reads."""
@@ -74,6 +81,8 @@ class Pack(Walk):
         self.found_alias: dict[str, str] = {}
         self.facts: dict[str, Any] = {}
         self.seen: dict[Any, list[tuple[str, Any]]] = {}
+        self.shared: dict[str, str] = {}  # where a constant is, if another use has it
+        self.uses: dict[str, list[str]] = {}  # of each leaf: where its constants are
 
     @property
     def found(self) -> dict[str, Any]:
@@ -84,6 +93,7 @@ class Pack(Walk):
                 for k, v in self.found_markers.items()
             },
             "alias": self.found_alias,
+            "shared": self.shared,
             "facts": self.facts,
         }
 
@@ -98,10 +108,44 @@ class Pack(Walk):
         return super().run(data)
 
     def constant(self, path, compute):
+        if self.fixed_plan:
+            other = self._given.get("shared", {}).get(path)
+            if other is not None:
+                self.shared[path] = other
+        path = self.shared.get(path, path)
         if path not in self.packed:
             with np.errstate(all="ignore"):
-                self.packed[path] = _constant(compute())
+                value = _constant(compute())
+            other = None if self.fixed_plan else self.same(path, value)
+            if other is not None:
+                self.shared[path] = other
+                return self.packed[other]
+            self.packed[path] = value
         return self.packed[path]
+
+    def stored_again(self) -> dict[str, str]:
+        """{site: why}, for those whose words are not those of their leaf's first use."""
+        out = {}
+        for site in self.program.sites.values():
+            path = _products.weight_path(site)
+            first = self.uses.get(_USE.sub("", path), [path])[0]
+            if site.leaf is not None and path in self.packed and path != first:
+                out[site.name] = f"its words are not those at {first}: stored again"
+        return out
+
+    def same(self, path: str, value: Any) -> str | None:
+        """Where another use of the same leaf has stored just these entries."""
+        if not _OF_WEIGHTS.match(path):
+            return None
+        uses = self.uses.setdefault(_USE.sub("", path), [])
+        array = np.asarray(value)
+        for other in uses:
+            held = np.asarray(self.packed[other])
+            if (held.dtype, held.shape) == (array.dtype, array.shape):
+                if held.tobytes() == array.tobytes():
+                    return other
+        uses.append(path)
+        return None
 
     def traced(self, known):
         def leaf(i):

@@ -45,7 +45,10 @@ _LARGEST = 2**30
 
 
 def weight_path(site: finding.Site) -> str:
-    """Where the words of a site's weight are stored: the path of its leaf."""
+    """Where the words of a site's weight are stored: the path of its leaf.
+
+    Of a second use: that with "#2", where its words differ (`Pack.same`).
+    """
     name = site.name.split("/", 1)[-1] if "/" in site.name else site.name
     return f"{WEIGHTS}/{name}"
 

@@ -23,7 +23,7 @@ class Run(Walk):
         self.knowns = Leaves(lambda i: leaves[self.paths[i]])
 
     def constant(self, path, compute):
-        return self.leaves[path]
+        return self.leaves[self.found.get("shared", {}).get(path, path)]
 
     def traced(self, known):
         value = self.knowns.of(known)

@@ -336,6 +336,46 @@ def test_product_of_activations_and_shared_input():
     assert set(achieved.values()) == {"int8"} and len(achieved) == 3
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4, packed", "binary, packed"])
+def test_a_leaf_used_again_is_stored_once_unless_its_words_differ(kind, tmp_path):
+    (w, x) = made(7, (64, 64), (3, 64))
+    s = np.float32(np.abs(w).max() / {"int8": 127, "int4, packed": 7}.get(kind, 4))
+
+    def weight(w, i):
+        if kind == "binary, packed":
+            w = jnp.where((w if i < 3 else w[::-1]) >= 0, s, -s)
+            return fake_quant(w, s, 0.0, -1, 1)
+        top = {"int8": 127, "int4, packed": 7}[kind]
+        return fake_quant(w, s if i < 3 else s * 1.5, 0.0, -top, top)
+
+    def net(p, x):
+        for i in range(4):
+            if kind == "binary, packed":
+                x = fake_quant(jnp.where(x >= 0, 1.0, -1.0), 1.0, 0.0, -1, 1)
+            else:
+                x = fake_quant(x, 0.1 * (i + 1), 17.0, LO, HI)
+            x = x @ weight(p["w"] if "w" in p else p[f"w{i}"], i)
+        return x
+
+    tied = cj.from_function(net, {"w": w}, x)
+    packed = cj.deploy.integer(tune=False)(tied)
+    apart = cj.from_function(net, {f"w{i}": w for i in range(4)}, x)
+    apart = cj.deploy.integer(tune=False)(apart)
+    np.testing.assert_array_equal(packed(x), apart(x))
+    words = packed.variables["integer"]
+    assert set(words) == {"w", "w#4"}
+    assert words["w"].nbytes == {"int8": 4096, "int4, packed": 2048}.get(kind, 512)
+    rows = [r for r in packed.report if r.transform == "deploy.integer"]
+    assert {r.achieved for r in rows} == {kind}
+    assert [r.path for r in rows if "stored again" in r.reason] == ["params/w#4"]
+    less = cj.costs.count(apart).bytes - cj.costs.count(packed).bytes
+    assert less >= 2 * words["w"].nbytes and cj.costs.count(packed).params == 2 * w.size
+    cj.deploy.save(tmp_path / "m", packed)
+    again = cj.deploy.load(tmp_path / "m", model=tied)
+    np.testing.assert_array_equal(again(x), packed(x))
+    assert set(again.variables["integer"]) == {"w", "w#4"}
+
+
 def test_what_stays_float_is_said():
     w1, w2, w3 = made(6, (4, 4), (4, 4), (4, 4))
 
