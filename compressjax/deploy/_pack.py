@@ -124,7 +124,7 @@ class Pack(Walk):
         return self.packed[path]
 
     def stored_again(self) -> dict[str, str]:
-        """{site: why}, for those whose words are not those of their leaf's first use."""
+        """{site: why} where words are not those of the first use of their leaf."""
         out = {}
         for site in self.program.sites.values():
             path = _products.weight_path(site)
