@@ -56,8 +56,10 @@ def resrep_sgd(
       RefusedError: from `resrep_budget`, with its numbers. Checked is the column that
         is masked last before the target is first met, in the order of norms that takes
         the most columns (`_resrep_worst`: exact, or, where that takes too long, more
-        columns than it can be). Not checked: a column that takes another's place after
-        that, because norms have changed.
+        columns than it can be), from length 1 and many velocities. Not checked: a
+        column that takes another's place after that, because norms have changed, or
+        that has grown beyond 1. `prune.convert(target=..., masks=...)` says whether
+        the target was reached, and which columns were late.
 
     >>> import optax
     >>> m = cj.from_function(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"],

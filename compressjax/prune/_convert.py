@@ -28,17 +28,22 @@ import numpy as np
 
 from compressjax.core import errors, rewrite, trees
 from compressjax.core import trace as tracing
-from compressjax.core.model import Model, Row, Step, Transform, expect
+from compressjax.core.model import Model, Row, Step, Transform
 from compressjax.merge import _expand, _replay, fuse
 from compressjax.prune import _compactors
+from compressjax.prune._convert_keep import NAME, columns
 from compressjax.prune._groups import groups
 from compressjax.prune._keep import leaf_keeps
 from compressjax.prune._shrink import shrink
 
-NAME = "prune.convert"
 
-
-def convert(threshold: float = 1e-5, *, train: str = "raise") -> Transform:
+def convert(
+    threshold: float = 1e-5,
+    *,
+    train: str = "raise",
+    target: float | None = None,
+    masks: Sequence[Any] | None = None,
+) -> Transform:
     """The network without its dead channels and without compactors.
 
     Every convolution keeps its path; batch norms are folded, all of them, as in
@@ -51,11 +56,18 @@ def convert(threshold: float = 1e-5, *, train: str = "raise") -> Transform:
         longest of each matrix stays.
       train: of `merge.fuse`: "raise", or "evaluation" to finetune the result as plain
         layers with biases.
+      target: that of `optim.resrep`, a fraction of the MACs without compactors: the
+        report says whether it was reached.
+      masks: `ResRepState.masks` at the end of the run, bool[D] of each compactor, to
+        name masked columns that did not reach zero. They stay: cut, they would change
+        the output.
 
     Returns:
       Model -> Model. Its report has a row for each compactor, with the channels kept
-      and the gap between dead and live norms, and a row for each matrix that could not
-      be merged and stays as a product.
+      and the gap between dead and live norms, and which columns stay although they are
+      masked (without `masks`: are within three decades of the threshold); a row for all
+      of them, with the share of MACs that is left and the target; and a row for each
+      matrix that could not be merged and stays as a product.
 
     Raises:
       NoMatchError: the Model has no compactors.
@@ -76,9 +88,11 @@ def convert(threshold: float = 1e-5, *, train: str = "raise") -> Transform:
     """
     if not threshold > 0:
         raise ValueError(f"threshold={threshold}: give a norm above 0.")
+    if target is not None and not 0 < target <= 1:
+        raise ValueError(f"target={target} is outside 0 < target <= 1.")
 
     def transform(model: Model) -> Model:
-        keeps, rows = _keeps(model, threshold)
+        keeps, rows = columns(model, threshold, target, masks)
         separate, keep = _cut(model, keeps)
         small = shrink(keep)(separate) if keep else separate
         merged = fuse(train=train)(small)
@@ -94,39 +108,6 @@ def convert(threshold: float = 1e-5, *, train: str = "raise") -> Transform:
         return settled.replace(report=report)
 
     return transform
-
-
-def _keeps(model: Model, threshold: float) -> tuple[dict[str, np.ndarray], list[Row]]:
-    """({path of a compactor: which columns stay}, rows of the report)."""
-    leaves = trees.flat(expect(model).variables)
-    paths = [p for p in _compactors.sizes(model) if p in leaves]
-    if not paths:
-        raise errors.NoMatchError(
-            "the Model has no compactors.",
-            operation=NAME,
-            remedy="Insert them with cj.prune.compactors()(model).",
-        )
-    keeps, rows = {}, []
-    for path in paths:
-        if isinstance(leaves[path], jax.ShapeDtypeStruct):
-            raise errors.RefusedError(
-                "it is a shape only.", path=path, operation=NAME, remedy="Pass values."
-            )
-        norms = np.linalg.norm(np.asarray(leaves[path], np.float64), axis=0)
-        if not np.isfinite(norms).all():
-            raise errors.RefusedError(
-                "it holds NaN or infinity.", path=path, operation=NAME
-            )
-        keep = norms >= threshold
-        keep[np.argmax(norms)] = True
-        keeps[path] = keep
-        text = (
-            f"{keep.sum()} of {keep.size} channels, norms from {norms[keep].min():.2g}"
-        )
-        if not keep.all():
-            text += f", the others up to {norms[~keep].max():.2g}"
-        rows.append(Row(NAME, path, f"norms from {threshold:g}", text))
-    return keeps, rows
 
 
 def _cut(
