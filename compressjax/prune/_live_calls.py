@@ -26,6 +26,7 @@ from compressjax.prune._live import (
 )
 from compressjax.prune._live_elementwise import elementwise
 from compressjax.prune._live_run import Crossing, evaluate, inner
+from compressjax.quantize import _zeros
 
 
 def inline(eqn: Any, ins: Sequence[Live]) -> list[Live]:
@@ -72,6 +73,8 @@ def custom_jvp(eqn: Any, ins: Sequence[Live]) -> list[Live]:
     body, _ = inner(eqn)
     if len(ins) == 5 and any(e.params.get("name") == "fake_quant" for e in body.eqns):
         return fake_quant(eqn, ins)
+    if any(e.params.get("name") == _zeros.MARKER for e in body.eqns):
+        return elementwise(eqn, ins, lambda arrays: [_zeros.stay(*arrays)], zero_if=1)
 
     def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         live = jax.custom_jvp(fn)

@@ -35,11 +35,20 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Live]) -> list[Li
     for i, eqn in enumerate(jaxpr.eqns):
         ins = [read(a) for a in eqn.invars]
         with trace.context_of(eqn):
-            outs = step(eqn, ins)
+            outs = _named(eqn, ins)
         env.update(zip(eqn.outvars, outs, strict=True))
         for var in last.get(i, ()):
             env.pop(var, None)
     return [read(a) for a in jaxpr.outvars]
+
+
+def _named(eqn: Any, ins: Sequence[Live]) -> list[Live]:
+    try:
+        return step(eqn, ins)
+    except NeedFull as e:
+        if len(e.args) > 1:
+            raise
+        raise NeedFull(e.args[0], eqn.primitive.name) from e
 
 
 def last_uses(jaxpr: Any) -> dict[int, list[Any]]:

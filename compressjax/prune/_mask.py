@@ -1,6 +1,6 @@
 """Prune without changing shapes: every slice of the dead channels is held at zero."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from compressjax.core import trees
 from compressjax.core.model import Model, Row, Step, Transform, fresh_name
 from compressjax.prune._groups import ChannelGroup
 from compressjax.prune._keep import indices, leaf_keeps, resolve
+from compressjax.quantize import _zeros
 
 
 def mask(keep: Mapping[ChannelGroup | str, Any], **options: str) -> Transform:
@@ -60,14 +61,25 @@ def held(
     report: Iterable[Row] = (),
 ) -> Model:
     """The Model whose function applies the masks of its collection `name`."""
-    inner = model.apply_fn
+    inner = _zeros.pruned_at(model.apply_fn, masks)
+    variables = {**model.variables, name: dict(masks)}
+    out = model.then(
+        step, report=report, variables=variables, apply_fn=_holding(inner, name)
+    )
+    if inner is model.apply_fn:
+        _zeros.check_stay(out, masks, step.name)
+    return out
 
+
+def _holding(inner: Callable[..., Any], name: str) -> Callable[..., Any]:
     def apply_fn(variables: Any, *args: Any, **kwargs: Any) -> Any:
         rest = {k: v for k, v in variables.items() if k != name}
         return inner(hold(rest, variables[name]), *args, **kwargs)
 
-    variables = {**model.variables, name: dict(masks)}
-    return model.then(step, report=report, variables=variables, apply_fn=apply_fn)
+    _zeros.can_be_told(
+        apply_fn, lambda leaves: _holding(_zeros.pruned_at(inner, leaves), name)
+    )
+    return apply_fn
 
 
 def hold(variables: Any, masks: Mapping[str, Any]) -> Any:

@@ -28,6 +28,7 @@ from compressjax.prune._live import (
     spell_out,
 )
 from compressjax.prune._live_run import evaluate
+from compressjax.quantize import _zeros
 
 
 def shrink(keep: Mapping[ChannelGroup | str, Any], **options: str) -> Transform:
@@ -48,7 +49,8 @@ def shrink(keep: Mapping[ChannelGroup | str, Any], **options: str) -> Transform:
 
     Raises:
       NoMatchError: no group has that name.
-      RefusedError: the group is not prunable, or nothing of it would be left.
+      RefusedError: the group is not prunable, or nothing of it would be left; or a
+        quantizer leaves something unknown where the weights are pruned.
 
     Differs: leaves of quantizers (collections ``quantize*``) are not zeroed in the
     masked network, because their scales divide.
@@ -63,21 +65,29 @@ def shrink(keep: Mapping[ChannelGroup | str, Any], **options: str) -> Transform:
     def transform(model: Model) -> Model:
         chosen, used = resolve(model, keep, dict(options), "prune.shrink")
         keeps = leaf_keeps(model, chosen, "prune.shrink")
-        return model.then(
+        out = model.then(
             Step.of("prune.shrink", keep=indices(chosen), **used),
             variables=trees.map_with_path(
                 lambda path, x: cut(x, keeps.get(path, {})), model.variables
             ),
             apply_fn=live_apply(model, keeps),
         )
+        _try(out)
+        return out
 
     return transform
+
+
+def _try(model: Model) -> None:
+    """One trace of a network with quantizers: what they make of nothing may refuse."""
+    if any(step.name.startswith("quantize.") for step in model.history):
+        jax.eval_shape(model.apply_fn, model.variables, *model.inputs)
 
 
 def live_apply(model: Model, keeps: LeafKeeps) -> Callable[..., Any]:
     """The model's apply_fn on small variables."""
     shapes = {p: np.shape(x) for p, x in trees.flat(model.variables).items()}
-    inner = model.apply_fn
+    inner = _zeros.pruned_at(model.apply_fn, keeps)
 
     def apply_fn(variables: Any, *args: Any, **kwargs: Any) -> Any:
         def full_size(path: str, leaf: Any) -> Any:
@@ -111,14 +121,22 @@ def live_apply(model: Model, keeps: LeafKeeps) -> Callable[..., Any]:
                 for i, v in enumerate(outs)
             ]
         except NeedFull as e:
+            where = f', where "{e.args[1]}" needs them' if len(e.args) > 1 else ""
+            made = [s.name for s in model.history if s.name.startswith("quantize.ins")]
+            by = f" ({made[-1]})" if made else ""
             raise errors.RefusedError(
-                f"the pruned entries hold {e}.",
+                f"the pruned entries hold {e.args[0]}{where}.",
                 path=", ".join(sorted(keeps)[:3]),
                 operation="prune.shrink",
-                remedy="Shrink before the transform that made them.",
+                remedy=f"Shrink before the transform that made them{by}.",
             ) from e
         return jax.tree.unflatten(traced.out_tree, flat)
 
+    def pruned_at(leaves: frozenset[str]) -> Callable[..., Any]:
+        told = _zeros.pruned_at(inner, leaves)
+        return live_apply(model.replace(apply_fn=told), keeps)
+
+    _zeros.can_be_told(apply_fn, pruned_at)
     return apply_fn
 
 

@@ -101,18 +101,23 @@ def binary(
     moves = gradient == "ede" and t is None
     times_scale = gradient == "magnitude" or scale == "power_of_two"
 
-    def fitted(x: Any, shape: tuple[int, ...]) -> jax.Array:
+    def fitted(x: Any, shape: tuple[int, ...], live: Any = None) -> jax.Array:
         x = jax.lax.stop_gradient(jnp.asarray(x).astype(jnp.float32))
         if normalize:
             x = _standard(x, shape)
         others = _others(x.ndim, shape)
-        alpha = jnp.mean(jnp.abs(x), others).reshape(shape)
+        if live is None:
+            alpha = jnp.mean(jnp.abs(x), others).reshape(shape)
+        else:
+            total = jnp.sum(jnp.abs(x), others, where=live)
+            count = jnp.sum(live, others, dtype=jnp.float32)
+            alpha = (total / jnp.maximum(count, 1)).reshape(shape)
         if scale == "power_of_two":
             alpha = jnp.exp2(jnp.rint(jnp.log2(_quantizer.positive(alpha))))
         return _quantizer.positive(alpha)
 
     def init(
-        x: Any, *, channel_axis: int | tuple[int, ...] | None = None
+        x: Any, *, channel_axis: int | tuple[int, ...] | None = None, live: Any = None
     ) -> _quantizer.State:
         state = {"progress": jnp.zeros(())} if moves else {}
         if scale is None:
@@ -123,12 +128,12 @@ def binary(
             )
         axes = _quantizer.channel_axes(channel_axis, x.ndim) if per_channel else ()
         shape = tuple(n if a in axes else 1 for a, n in enumerate(x.shape))
-        return {**state, "scale": fitted(x, shape if axes else ())}
+        return {**state, "scale": fitted(x, shape if axes else (), live)}
 
-    def update(state: _quantizer.State, x: Any) -> _quantizer.State:
+    def update(state: _quantizer.State, x: Any, live: Any = None) -> _quantizer.State:
         if scale is None:
             return state
-        return {**state, "scale": fitted(x, state["scale"].shape)}
+        return {**state, "scale": fitted(x, state["scale"].shape, live)}
 
     def parts(state: _quantizer.State, x: Any) -> tuple[Any, Any, Any]:
         x = jnp.asarray(x)
@@ -156,6 +161,7 @@ def binary(
         update=update,
         split=split if scale == "mean" else None,
         bits=1,
+        live=True,
         ready=lambda state: scale is None or "scale" in state,
         settings=_quantizer.settings_text(
             "binary",

@@ -30,7 +30,14 @@ from typing import Any
 
 from compressjax.core import rewrite
 from compressjax.core.model import Model, Row, Step, Transform
-from compressjax.quantize import _calibrate, _inserted, _plan, _settings, _states
+from compressjax.quantize import (
+    _calibrate,
+    _inserted,
+    _plan,
+    _settings,
+    _states,
+    _zeros,
+)
 from compressjax.quantize._plan import Override
 from compressjax.quantize._quantizer import Quantizer
 
@@ -86,6 +93,7 @@ def insert(
     def transform(model: Model) -> Model:
         rewriter = rewrite.Rewriter(model, where)
         plan, rows = _plan.choose(rewriter, weights, inputs, where, chosen_overrides)
+        rows = _zeros.noted(rows, rewriter.found.sites, plan, model.variables)
         names = _states.fresh_names(model.variables)
         initial = _states.initial(rewriter, plan, model)
         made = _inserted.Inserted(

@@ -16,7 +16,7 @@ from flax.core import scope as flax_scope
 from compressjax.core import errors, rewrite
 from compressjax.core.model import Model
 from compressjax.core.sites import Site
-from compressjax.quantize import _binary, _calibrate, _padding, _states
+from compressjax.quantize import _binary, _calibrate, _padding, _states, _zeros
 from compressjax.quantize._calibrate import OBSERVED
 from compressjax.quantize._plan import Pair
 from compressjax.quantize._quantizer import WATCH
@@ -36,6 +36,7 @@ class Inserted:
       observed: name of the collection of observed states.
       bits: of the Model before.
       padding: what stands at the borders of convolutions of signs.
+      pruned: leaves whose zeros are pruned entries, besides those of inner masks.
     """
 
     rewriter: rewrite.Rewriter
@@ -45,6 +46,7 @@ class Inserted:
     observed: str
     bits: Mapping[str, tuple[int, int]]
     padding: int = 0
+    pruned: frozenset[str] = frozenset()
 
     @property
     def schedule(self) -> str:
@@ -148,6 +150,8 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
                 remedy=f'Pass the collection "{made.schedule}" of the Model on.',
             )
 
+        pruned = made.pruned | _zeros.masked(variables)
+
         def of_signs(site: Site) -> bool:
             """Are its inputs of one bit? Then its sums are exact integers."""
             before, quantizer = made.bits.get(site.name, (32, 32)), plan[site.name][1]
@@ -171,13 +175,15 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
                         "the Model on with its variables.",
                     )
                 part, value = (state or {}).get(role, {}), values[role]
+                zeros = role == "weights" and site.leaf in pruned
+                live = {"live": value != 0} if zeros and q.live else {}
                 watching = not q.trained or WATCH in part
                 if observing and q.update is not None and watching and not missing:
                     if (site.name, role) in waiting:
                         part = _calibrate.unseen(part)
                     old, part = (
                         part,
-                        q.update(part or q.init(_states.spec_of(value)), value),
+                        q.update(part or q.init(_states.spec_of(value)), value, **live),
                     )
                     if ranges_until is not None and not waiting:
                         part = _select(at < ranges_until, part, old)
@@ -187,6 +193,8 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
                         values[role], gain = q.split(part, value)
                     else:
                         values[role] = q.apply(part, value)
+                    if zeros and not _zeros.has_zero(q):
+                        values[role] = _zeros.stay(values[role], value)
                     if delayed and (role == "inputs" or site.leaf is None):
                         values[role] = _select(at < inputs_after, value, values[role])
             if new and site.name in recurrent:
@@ -212,7 +220,12 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
             updates[made.schedule] = {"step": at + 1}
         return out, updates
 
+    def pruned_at(leaves: frozenset[str]):
+        told = dataclasses.replace(made, pruned=made.pruned | leaves)
+        return apply_of(told, inputs_after=inputs_after, ranges_until=ranges_until)
+
     apply_fn.__dict__["inserted"] = made
+    _zeros.can_be_told(apply_fn, pruned_at)
     return apply_fn
 
 

@@ -36,6 +36,8 @@ class Quantizer:
         structure alone.
       grouped: True if `init` also takes ``group_axis``, the axis of a weight that holds
         its input channels, and divides it.
+      live: True if `init` and `update` also take ``live``, bool like the weight, False
+        where a mask has removed entries: they do not count.
       settings: canonical JSON text that `_settings.quantizer` builds it from
         again; "" for one made by hand, which `deploy.load` then cannot replay.
     """
@@ -49,6 +51,7 @@ class Quantizer:
     ready: Callable[[State], bool] = lambda state: True
     settings: str = ""
     grouped: bool = False
+    live: bool = False
 
 
 def settings_text(name: str, **settings: Any) -> str:

@@ -15,6 +15,7 @@ from compressjax.core import errors
 from compressjax.core import trace as tracing
 from compressjax.core.model import Model, zeros_like_spec
 from compressjax.core.sites import Site
+from compressjax.quantize import _zeros
 from compressjax.quantize._calibrate import OBSERVED, TRAINED
 from compressjax.quantize._plan import Pair
 from compressjax.quantize._quantizer import WATCH, Quantizer
@@ -31,6 +32,8 @@ def initial(rewriter, plan: Mapping[str, Pair], model: Model) -> dict[str, Any]:
                 axes: dict[str, Any] = {"channel_axis": site.w_out_axes}
                 if q_w.grouped:
                     axes["group_axis"] = site.w_in_axes[-1]
+                if q_w.live and site.leaf in masked:
+                    axes["live"] = w != 0
                 new["weights"] = q_w.init(w, **axes)
             elif q_w is not None:
                 new["weights"] = q_w.init(spec_of(w))
@@ -45,6 +48,7 @@ def initial(rewriter, plan: Mapping[str, Pair], model: Model) -> dict[str, Any]:
             ) from error
         return op(x, w), new or None
 
+    masked = _zeros.masked(model.variables)
     recurrent = recurrent_sites(rewriter)
 
     def states(variables, inputs):
