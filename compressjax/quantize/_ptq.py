@@ -279,18 +279,29 @@ def _ends(
     """{first and last layer: their bits}, where `least` is fewer than `ends`.
 
     They are the ends of the network; one that `where` leaves in float is none of these.
+    The other uses of a shared weight have as many bits of it, and inputs as they were.
     """
     if ends is None or min(_golden.pair(least)) >= ends:
         return {}
     w, x = _golden.pair(bits)
     found = rewrite.Rewriter(model, where)
-    layers = [s.name for s in found.found.sites if s.leaf is not None]
-    return {
-        name: (max(w, ends), max(x, ends))
-        for name in (*layers[:1], *layers[-1:])
-        if name in found.names
-        and not any(trees.matches(glob, name) for glob in overrides)
+    layers = [s for s in found.found.sites if s.leaf is not None]
+
+    def free(name: str) -> bool:
+        return name in found.names and not any(
+            trees.matches(glob, name) for glob in overrides
+        )
+
+    out = {
+        s.name: (max(w, ends), max(x, ends))
+        for s in (*layers[:1], *layers[-1:])
+        if free(s.name)
     }
+    leaves = {s.leaf for s in layers if s.name in out}
+    for s in layers:  # one weight is stored once, at one word length
+        if s.leaf in leaves and s.name not in out and free(s.name):
+            out[s.name] = (max(w, ends), x)
+    return out
 
 
 def _fixed(

@@ -202,3 +202,33 @@ def test_with_learned_rounding(digits):
     lost = digits.correct(digits.model) - digits.correct(small)
     assert float(lost.mean()) <= 0.04
     assert f"drop {float(lost.mean()):.4g}" in row(small).achieved
+
+
+def test_a_shared_weight_at_an_end(key):
+    """It has the word length of the end wherever it is used; its inputs have theirs."""
+    k = jax.random.split(key, 3)
+    p = {"w": jax.random.normal(k[0], (6, 6)), "u": jax.random.normal(k[1], (6, 6))}
+    x = jax.random.normal(k[2], (16, 6))
+
+    def net(p, x):
+        return jax.nn.relu(jax.nn.relu(x @ p["w"]) @ p["w"]) @ p["u"]
+
+    m = cj.from_function(net, p, x)
+    y = jnp.argmax(m(x), -1)
+    want = {"params/w": (8, 8), "params/w#2": (8, 4), "params/u": (8, 8)}
+    q = cj.quantize.ptq([(x,)], 4)(m)
+    assert dict(q.bits) == want
+    assert [r.path for r in q.report if "ends" in r.reason] == [
+        "params/w",
+        "params/u",
+        "params/w#2",
+    ]
+    few = cj.quantize.ptq(
+        [(x,)],
+        4,
+        max_drop=1.0,
+        evaluate=lambda m: np.asarray(jnp.argmax(m(x), -1) == y, np.float32),
+        confidence=None,
+        key=key,
+    )(m)
+    assert few.bits["params/w"][0] == few.bits["params/w#2"][0] == 8
