@@ -23,7 +23,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
-from compressjax.core import errors
+from compressjax.core import errors, packing
 from compressjax.quantize._sensitivity import ALL, Price, Row, Sensitivity
 
 Bits = tuple[int, int]
@@ -55,8 +55,8 @@ def allocate(
         or rows of both "weights" and "inputs", whose losses are added up for every
         pair of theirs.
       bops: budget for `costs.count(...).bops` of the quantized network, one example.
-      bytes: budget for the weights at their bits, 4 bytes a step of a weight, and all
-        the rest of the network as it is. Give one of the two.
+      bytes: budget for `costs.count(...).bytes` of it, scales and zero points and the
+        float rest included. Give one of the two.
       metric: the loss of a row: "kl", "noise" (1 / SQNR), or "score" (mean score lost).
       fixed: {site: bits} that are not to be chosen.
 
@@ -205,8 +205,7 @@ def _cost(choice: Sequence[tuple[Price, Bits]], kind: str) -> int:
     if kind == "bops":
         return sum(p.macs * w * (min(x, 8) if p.direct else x) for p, (w, x) in choice)
     price, (w, _) = choice[0]
-    steps = 4 * price.channels if w < 32 else 0
-    return -(-price.size * w // 8) + steps
+    return packing.n_bytes(price.size, w) + sum(p.states for p, _ in choice)
 
 
 def _hull(options: Sequence[_Option]) -> list[_Option]:

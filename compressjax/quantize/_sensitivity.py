@@ -79,7 +79,7 @@ class Price:
       site: its name.
       leaf: path of its weight; None for a product of activations.
       size: entries of the weight, 0 for a product.
-      channels: steps of the weight, one per output channel.
+      states: bytes of the scales and zero points of its operands.
       macs: for one example.
       direct: True if it reads the network's own input, 8 bits wide at most.
     """
@@ -87,7 +87,7 @@ class Price:
     site: str
     leaf: str | None
     size: int
-    channels: int
+    states: int
     macs: int
     direct: bool
 
@@ -287,6 +287,12 @@ def measure(
     return Sensitivity(tuple(rows.values()), prices, rest, score({}))
 
 
+def _states_of(site: Site) -> int:
+    """Bytes of what `ptq` stores: a scale and a zero point, float32, at any bits."""
+    channels = (site.w.shape[a] for a in site.w_out_axes) if site.leaf else ()
+    return 8 * math.prod(site.layers) * (math.prod(channels) + 1)
+
+
 def _prices(
     model: Model, sites: Sequence[Site]
 ) -> tuple[tuple[Price, ...], tuple[int, int]]:
@@ -300,9 +306,7 @@ def _prices(
             site=s.name,
             leaf=s.leaf,
             size=math.prod(leaves[s.leaf].shape) if s.leaf else 0,
-            channels=math.prod((*s.layers, *(s.w.shape[a] for a in s.w_out_axes)))
-            if s.leaf
-            else 0,
+            states=_states_of(s),
             macs=rows[s.name].macs,
             direct=rows[s.name].input_bits == 8,
         )

@@ -10,7 +10,7 @@ import pytest
 
 import compressjax as cj
 from compressjax.core import errors
-from compressjax.quantize import allocate
+from compressjax.quantize import _allocate, allocate
 from compressjax.quantize._sensitivity import Price, Row, Sensitivity
 
 BITS = (8, 4, 2)
@@ -25,7 +25,7 @@ def made_up(seed, n=4, shared=False):
         leaf = "params/l0" if shared and i == 1 else site
         size, macs = (int(v) for v in rng.integers(10, 500, 2))
         size = prices[0].size if leaf != site else size
-        prices.append(Price(site, leaf, size, 4, 4 * macs, direct=i == 0))
+        prices.append(Price(site, leaf, size, 16, 4 * macs, direct=i == 0))
         losses = np.sort(rng.exponential(size=3)) * rng.uniform(0.1, 3)
         rows += [
             Row(site, "one_on", b, b, float(kl), 0.0)
@@ -47,8 +47,9 @@ def cost(s, chosen, kind):
             w, x = chosen[p.site]
             total += p.macs * w * (min(x, 8) if p.direct else x)
         return total
-    words = {p.leaf: (p.size, p.channels, chosen[p.site][0]) for p in s.prices}
-    return s.rest[1] + sum(math.ceil(n * w / 8) + 4 * c for n, c, w in words.values())
+    words = {p.leaf: (p.size, chosen[p.site][0]) for p in s.prices}
+    states = sum(p.states for p in s.prices)
+    return s.rest[1] + states + sum(math.ceil(n * w / 8) for n, w in words.values())
 
 
 def everything(s, kind):
@@ -61,7 +62,7 @@ def everything(s, kind):
 
 def test_by_hand():
     # 8 to 2 bits saves 10 * (64 - 4) = 600 BOPs in a for 0.6 of loss, in b for 0.1.
-    prices = tuple(Price(n, n, 10, 1, 10, direct=False) for n in "ab")
+    prices = tuple(Price(n, n, 10, 4, 10, direct=False) for n in "ab")
     rows = [Row(n, "one_on", 8, 8, 0.0, 0.0) for n in "ab"]
     rows += [Row("a", "one_on", 2, 2, 0.6, 0.0), Row("b", "one_on", 2, 2, 0.1, 0.0)]
     s = Sensitivity(tuple(rows), prices, (0, 0))
@@ -125,7 +126,7 @@ def test_weights_and_inputs_apart():
     for b, w_loss, x_loss in zip(BITS, (0, 0.1, 0.9), (0, 0.3, 0.4), strict=True):
         rows.append(Row("a", "weights", b, 32, w_loss, 0.0))
         rows.append(Row("a", "inputs", 32, b, x_loss, 0.0))
-    s = Sensitivity(tuple(rows), (Price("a", "a", 10, 1, 1, direct=False),))
+    s = Sensitivity(tuple(rows), (Price("a", "a", 10, 4, 1, direct=False),))
     assert allocate(s, bops=32) == {"a": (4, 8)}  # 4x8: 0.1; 8x4: 0.3; 2x8: 0.9
     assert allocate(s, bops=16)["a"] in ((4, 4), (8, 2))  # 0.4 both; 2x8: 0.9
     assert allocate(s, bytes=5 + 4) == {"a": (4, 8)}
@@ -168,10 +169,45 @@ def test_the_quantized_network_is_within_the_budget(key):
     q = cj.quantize.ptq([(x,)], overrides=bits, **how)(m)
     assert dict(q.bits) == bits == {"params/a": (3, 3), "params/b": (3, 3)}
     assert cj.costs.count(q).bops == 160 * 9
-    steps = 4 * (16 + 4)
+    steps = 8 * (16 + 4 + 2)
     bits = allocate(s, bytes=36 + 64 + steps)
     assert bits == {"params/a": (3, 3), "params/b": (8, 8)}
-    assert cj.costs.count(m.replace(bits=bits)).bytes + steps == 36 + 64 + steps
+    q = cj.quantize.ptq([(x,)], overrides=bits, **how)(m)
+    assert cj.costs.count(q).bytes == 36 + 64 + steps
     with pytest.raises(errors.RefusedError, match="bytes is out of reach"):
         allocate(s, bytes=36 + 24 + steps - 1)
     assert jnp.isfinite(q(x)).all()
+
+
+def test_bytes_are_those_that_costs_count(key):
+    """A shared weight, a product of activations, a stack of layers, and a bias."""
+    k = jax.random.split(key, 4)
+    p = {
+        "a": jax.random.normal(k[0], (5, 7)),
+        "b": jax.random.normal(k[1], (7, 7)),
+        "stack": jax.random.normal(k[2], (3, 7, 7)),
+        "c": jnp.ones((1, 1, 7)),
+    }
+    x = jax.random.normal(k[3], (4, 9, 5))
+
+    def net(p, x):
+        h = jax.nn.relu(x @ p["a"] + p["c"])
+        h = jax.nn.relu(h @ p["b"]) @ p["b"]
+        h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, p["stack"])
+        return jnp.einsum("bic,bjc->bij", h, h).mean(1)
+
+    m = cj.from_function(net, p, x)
+    s = cj.quantize.sensitivity(m, [(x,)], bits=((8, 8), (3, 8)))
+    exact = []
+    for budget in (560, 640, 720):
+        q = cj.quantize.ptq([(x,)], overrides=allocate(s, bytes=budget))(m)
+        path, _ = _allocate.steps(s, "bytes")
+        chosen = {site: bits for site, bits in q.bits.items()}
+        said = s.rest[1] + min(
+            sum(o.cost for o in state)
+            for state in path
+            if dict(b for o in state for b in o.bits) == chosen
+        )
+        assert cj.costs.count(q).bytes == said <= budget
+        exact.append(said)
+    assert len(set(exact)) == 3
