@@ -30,6 +30,8 @@ Rep = Any  # numpy scalar, array with size 1 on the block's own axis, or None
 class NeedFull(Exception):
     """A rule cannot carry these dead entries: run the operation at full size."""
 
+    primitive = ""  # of the operation that cannot run at full size either
+
 
 @dataclasses.dataclass(eq=False)
 class Dead:

@@ -46,9 +46,8 @@ def _named(eqn: Any, ins: Sequence[Live]) -> list[Live]:
     try:
         return step(eqn, ins)
     except NeedFull as e:
-        if len(e.args) > 1:
-            raise
-        raise NeedFull(e.args[0], eqn.primitive.name) from e
+        e.primitive = e.primitive or eqn.primitive.name
+        raise
 
 
 def last_uses(jaxpr: Any) -> dict[int, list[Any]]:

@@ -121,11 +121,11 @@ def live_apply(model: Model, keeps: LeafKeeps) -> Callable[..., Any]:
                 for i, v in enumerate(outs)
             ]
         except NeedFull as e:
-            where = f', where "{e.args[1]}" needs them' if len(e.args) > 1 else ""
+            where = f', where "{e.primitive}" needs them' if e.primitive else ""
             made = [s.name for s in model.history if s.name.startswith("quantize.ins")]
             by = f" ({made[-1]})" if made else ""
             raise errors.RefusedError(
-                f"the pruned entries hold {e.args[0]}{where}.",
+                f"the pruned entries hold {e}{where}.",
                 path=", ".join(sorted(keeps)[:3]),
                 operation="prune.shrink",
                 remedy=f"Shrink before the transform that made them{by}.",
