@@ -2,7 +2,7 @@
 
     python -m train.repeat --config configs/fashion_binary_resnet.py \\
         --workdir runs/fashion_binary_resnet --seeds 0,1,2 --config.data_dir=DIR \\
-        --pairs none:identity,none:el,identity:el,none:si,el-warm:el-distill
+        --pairs none:identity,none:el,none:el-small,none:si,el-warm:el-distill
 
 ResNet-20, and a ResNet of bottlenecks, most of whose convolutions are 1x1, with
 
@@ -20,13 +20,14 @@ the shortcuts stay real, and so do the shortcuts around the blocks, in every arm
     el-distill   the same start, and the features of the float network: two epochs block
                  by block, six with the distance, which fades in the last two of these,
                  two without it
+    el-small     el, whose gamma starts at 0.3 in the place of 1
 
 The others start from the numbers that the float network started from. The order of the
-pictures is another in each stage. Not run to its end yet. A size for two cores:
+pictures is another in each stage. RESULTS.md has the numbers, at a size for two cores:
 
-        --config.network=resnet8 --config.images.train='train[:10000]'
+        --config.width=8 --config.images.size=14 --config.images.train='train[:10000]'
 
-and for bottlenecks --config.network=resnet164 --config.blocks=1 --config.width=8.
+and for bottlenecks --config.network=resnet164 --config.blocks=1 with these.
 """
 
 import dataclasses
@@ -136,6 +137,7 @@ def get_config() -> Config:
             loss=distance(),
         ),
         trained("el-distill", span=(0.8, 1.0)),
+        arm("el-small", link=cj.binary.elastic_link(init=0.3)),
     ]
     return Config(
         build=build,

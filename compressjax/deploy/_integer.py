@@ -246,7 +246,7 @@ def _stored_as(facts: Mapping[str, Any], site: str) -> str:
         return "int8" if bits else ""
     odd = facts.get(f"{site}/odd", 0)
     if bits == 1 and odd:
-        return "binary, packed"
+        return "1 bit, packed"
     if facts.get(f"{site}/levels"):
         return f"{bits}-bit levels, packed"
     return f"{'int' if facts[f'{site}/signed'] or odd else 'uint'}{bits}, packed"

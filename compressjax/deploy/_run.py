@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from compressjax.core import errors
 from compressjax.deploy import _choices, _forms, _lowerings, _xnor
-from compressjax.deploy._values import CONSTANTS, Lazy, Leaves
+from compressjax.deploy._values import CONSTANTS, WEIGHTS, Lazy, Leaves
 from compressjax.deploy._walk import Walk
 
 
@@ -39,7 +39,8 @@ class Run(Walk):
     def stored(self, compute):
         if not self.store:
             return compute()
-        witness = next(x for p, x in self.leaves.items() if p.startswith(CONSTANTS))
+        made = (CONSTANTS, WEIGHTS)
+        witness = next(x for p, x in self.leaves.items() if p.startswith(made))
 
         def alone():
             # What is made inside a branch must not be remembered outside of it.

@@ -158,11 +158,18 @@ class Walk(_signs.Signs):
             return self.spread(x)
         if not (isinstance(x, Sums) and x.exact):
             return x if isinstance(x, Lazy) else self.as_float(x)
-        scale = self.constant(
-            self.unique(f"{CONSTANTS}/{x.site}/scale"), lambda: np.float32(x.scale)
-        )
+        scale = self.step_of(x)
         make = x.make or (lambda: x.acc)
-        return Lazy(lambda: make().astype(jnp.float32) * scale)
+        return Lazy(lambda: _times(make().astype(jnp.float32), scale))
+
+    def step_of(self, x: Sums) -> Any:
+        """The step of sums, f32; None where it is 1, as it is for signs."""
+        path = self.unique(f"{CONSTANTS}/{x.site}/scale")
+        if self.decide(
+            f"{path}_is_one", lambda: bool(np.all(np.float32(x.scale) == 1))
+        ):
+            return None
+        return self.constant(path, lambda: np.float32(x.scale))
 
     # Between forms.
 
@@ -201,10 +208,7 @@ class Walk(_signs.Signs):
         if x.later:
             y = self.as_float(dataclasses.replace(x, later=()))
             return _moves.apply_all(x.later, y)
-        scale = self.constant(
-            self.unique(f"{CONSTANTS}/{x.site}/scale"), lambda: np.float32(x.scale)
-        )
-        y = self.acc(x).astype(jnp.float32) * scale
+        y = _times(self.acc(x).astype(jnp.float32), self.step_of(x))
         if x.low:
             y = jnp.maximum(y, 0)
         return y if x.high is None else jnp.minimum(y, x.high)
@@ -320,3 +324,7 @@ class Walk(_signs.Signs):
             return clipped((x.q.astype(jnp.int32) - x.zero).astype(jnp.float32) * m)
         inverse = self.constant(path, lambda: np.float32(1) / np.float32(step))
         return clipped(x.astype(jnp.float32) * inverse)
+
+
+def _times(y: Any, step: Any) -> Any:
+    return y if step is None else y * step

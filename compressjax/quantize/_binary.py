@@ -16,8 +16,8 @@ the gradient:
     power_of_two   2^round(log2 mean|w|); m is multiplied by it (IR-Net)
     None           1, for inputs
 
-Where inputs are signs too, `insert` multiplies by the mean behind the product, whose
-sums are exact integers then; gradients are the same.
+`insert` multiplies by the mean behind the product: sums of signs with signs are exact
+integers then; gradients are the same.
 
 EDE's t = 10^(4 p - 3) grows from 1e-3 to 10 with the progress p of training, which lies
 in the state (`set_progress` moves it). `normalize` centres each channel and divides it

@@ -152,11 +152,6 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
 
         pruned = made.pruned | _zeros.masked(variables)
 
-        def of_signs(site: Site) -> bool:
-            """Are its inputs of one bit? Then its sums are exact integers."""
-            before, quantizer = made.bits.get(site.name, (32, 32)), plan[site.name][1]
-            return before[1] == 1 if quantizer is None else _binary.signs(quantizer)
-
         def rule(site, op, x, w, state):
             if site.name not in plan:
                 return op(x, w), None
@@ -189,7 +184,7 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
                         part = _select(at < ranges_until, part, old)
                     new[role] = part
                 if not waiting:
-                    if role == "weights" and q.split is not None and of_signs(site):
+                    if role == "weights" and q.split is not None and site.leaf:
                         values[role], gain = q.split(part, value)
                     else:
                         values[role] = q.apply(part, value)
@@ -200,7 +195,10 @@ def apply_of(made: Inserted, *, inputs_after: int = 0, ranges_until: int | None 
             if new and site.name in recurrent:
                 new = {**(state or {}), **new}
             if made.padding and not waiting and _binary.signs(plan[site.name][1]):
-                op = _padding.padded(site, op, made.padding)
+                border = made.padding
+                if delayed:  # zeros around inputs as they are
+                    border = jnp.where(at < inputs_after, 0, border)
+                op = _padding.padded(site, op, border)
             y = op(values["inputs"], values["weights"])
             if gain is not None:
                 y = y * _each_channel(site, gain).astype(y.dtype)

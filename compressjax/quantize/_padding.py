@@ -9,7 +9,7 @@ from compressjax.core.rewrite import Op
 from compressjax.core.sites import Site
 
 
-def padded(site: Site, op: Op, value: int) -> Op:
+def padded(site: Site, op: Op, value: Any) -> Op:
     """`op` of a site, with `value` in every position that the network fills with zeros.
 
     In the program that is a `lax.pad` of the input, then the convolution without

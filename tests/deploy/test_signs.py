@@ -150,7 +150,12 @@ def test_means_stand_behind_sums_so_that_ties_are_those_of_integers():
         y = lax.dot_general(y, p["two"], (((2,), (1,)), ((1,), (2,))))  # i n l
         return y, y.transpose(1, 0, 2).reshape(len(x), -1) @ p["end"]
 
-    model = cj.binary.binarize(ends=None)(cj.from_function(net, p, x))
+    real = cj.from_function(net, p, x)
+    model = cj.binary.binarize(ends=None)(real)
+    weights_first = cj.compose(
+        cj.binary.binarize(inputs="real", ends=None),
+        cj.binary.binarize(weights="real", ends=None),
+    )(real)
     packed = cj.deploy.integer(tune=False)(model)
     acc, w = signs(x), {k: signs(v) for k, v in p.items()}
     acc = np.stack(
@@ -171,9 +176,13 @@ def test_means_stand_behind_sums_so_that_ties_are_those_of_integers():
     acc = signs(acc.reshape(len(x), -1)) @ w["end"]
     assert min(ties) > 0.05
     second = acc * np.abs(p["end"]).mean(0, dtype=F32)
-    floats = jax.jit(model.apply_fn)(model.variables, x)
-    for got, y, wanted in zip(packed(x), floats, (first, second), strict=True):
+    for got, y, z, wanted in zip(
+        packed(x), model(x), weights_first(x), (first, second), strict=True
+    ):
         np.testing.assert_array_equal(got, y)
+        np.testing.assert_array_equal(got, z)
         np.testing.assert_allclose(got, wanted, rtol=1e-6)
     rows = [r.achieved for r in packed.report if r.transform == "deploy.integer"]
-    assert rows == ["binary, packed"] * 4
+    assert rows == [*["binary, packed"] * 2, "1 bit, packed", "binary, packed"]
+    # Nothing but the means is multiplied by: no step of 1 is stored.
+    assert cj.costs.count(packed).bytes == cj.costs.count(model).bytes

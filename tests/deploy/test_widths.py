@@ -237,10 +237,10 @@ def test_odd_codes_and_steps_along_the_sum():
     scale = alone.variables["requantization"]["params"]["four"]["weight_scale"]
     assert scale.shape == (4, 4)  # one for each four rows and each column
     rows = {r.path: r for r in alone.report}
-    assert rows["params/one"].achieved == "binary, packed"
+    assert rows["params/one"].achieved == "1 bit, packed"
     both = cj.deploy.integer(tune=False)(model)
     rows = {r.path: r for r in both.report}
-    assert rows["params/one"].achieved == "binary, packed"
+    assert rows["params/one"].achieved == "1 bit, packed"
     assert rows["params/odd"].achieved == "int4, packed"
     assert rows["params/four"].achieved == "float"
     assert "scales along the sum" in rows["params/four"].reason

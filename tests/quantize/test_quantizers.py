@@ -52,7 +52,7 @@ PAIRS = {
         "int3, packed",
     ),
     "dorefa_pact": (dorefa(4), pact(4), "int4, packed"),
-    "ede_dorefa": (binary("ede"), dorefa(3, signed=False), "binary, packed"),
+    "ede_dorefa": (binary("ede"), dorefa(3, signed=False), "1 bit, packed"),
     "irnet_signs": (
         binary("ede", "power_of_two", normalize=True),
         binary("bireal", None),
