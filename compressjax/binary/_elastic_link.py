@@ -38,7 +38,9 @@ def elastic_link(
 
     Args:
       gamma: "scalar", one for each layer, or "channel".
-      init: gamma at the start.
+      init: gamma at the start. Blocks with a shortcut of their own around n such layers
+        pass on (1 + gamma^n) x: in a deep network start low there. With 1 a ResNet-20
+        lost 7.6 points to no links at all, with 0.3 it lost none (RESULTS.md).
       squeeze: "mean", or "sum" of the channels that share an output.
       learned: False keeps gamma at `init`.
 
