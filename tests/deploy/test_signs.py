@@ -184,6 +184,6 @@ def test_means_stand_behind_sums_so_that_ties_are_those_of_integers():
         np.testing.assert_allclose(got, wanted, rtol=1e-6)
     rows = [r.achieved for r in packed.report if r.transform == "deploy.integer"]
     assert rows == [*["binary, packed"] * 2, "1 bit, packed", "binary, packed"]
-    # Nothing but the means is multiplied by: no step of 1 is stored.
+    # Sums of words are multiplied by the means alone: no step of 1 is stored.
     constants = cj.core.trees.paths(packed.variables["requantization"])
-    assert not [p for p in constants if p.endswith("/scale")]
+    assert [p for p in constants if p.endswith("/scale")] == ["params/two/scale"]
