@@ -57,6 +57,28 @@ def test_inputs_wait_for_their_step(both, weights_only):
     assert float(jnp.max(jnp.abs(both(X) - weights_only(X)))) > 0.05
 
 
+def test_borders_are_zeros_until_inputs_are_signs():
+    """Real pixels next to borders of +1 would be another network."""
+    rng = np.random.default_rng(3)
+    w, x = (rng.normal(size=s).astype("f") for s in ((3, 3, 2, 4), (2, 5, 5, 2)))
+
+    def conv(p, x):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, p["w"], (1, 1), "SAME", dimension_numbers=dims
+        )
+
+    net = cj.from_function(conv, {"w": w}, x)
+    signs = cj.quantize.binary(1, "clipped", "mean")
+    real = insert(signs, None)(net)
+    made = insert(signs, cj.quantize.binary(1, "bireal", None), padding=1)(net)
+    early, model = train(schedule(inputs_after=1)(made), x, ("quantize_schedule",))
+    late, _ = train(model, x, ("quantize_schedule",))
+    np.testing.assert_allclose(early, real(x), atol=1e-5)
+    np.testing.assert_allclose(late, made(x), atol=1e-5)
+    assert float(jnp.abs(early - late).max()) > 0.1
+
+
 def test_evaluation_is_always_quantized(both):
     """Accuracy is never that of a network with fewer quantizers than it says."""
     model = schedule(inputs_after=1000)(both)
