@@ -5,8 +5,8 @@
 
 The float network is trained once; every later stage quantizes that network again, with
 one observer of the inputs, one pair of bits, and then with bias correction, with
-learned rounding (at 4-bit weights), and with both. RESULTS.md has the
-table of a short training on a fifth of the images.
+learned rounding (at 4-bit weights), and with both. RESULTS.md has the table of a short
+training on a fifth of the images.
 """
 
 import dataclasses

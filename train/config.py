@@ -197,7 +197,7 @@ class Stage:
       schedule: ``(variables, progress) -> variables`` of what is not trained, before
         each step, such as `cj.quantize.set_progress`.
       finish: ``(model, ctx) -> Model`` with other values in the same variables, after
-        the last step and before the last evaluation, such as `norms_anew`.
+        the last step (if any) and before the last evaluation, such as `norms_anew`.
     """
 
     name: str

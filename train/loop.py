@@ -281,6 +281,8 @@ def run_stage(
     if place and notes:
         state = saved.restore(place, state)
     else:
+        if stage.finish and not stage.epochs:
+            state = meshes.put(finished(stage, model, ctx, state), shardings)
         log(0, 0, state)
         save(0, state)
     if terminate():

@@ -114,7 +114,7 @@ def tiny_config(cache_dir):
     return configs.Config(
         build=build,
         stages=[
-            configs.Stage("float"),
+            configs.Stage("float", finish=configs.norms_anew),
             configs.Stage(
                 "student",
                 signs,
@@ -162,6 +162,7 @@ def test_a_watched_stage_resumes_bit_for_bit(tmp_path, cache_dir, monkeypatch):
     again, same_rows = run()
     assert len(made) == 4 and rows == same_rows
     jax.tree.map(np.testing.assert_array_equal, whole.variables, again.variables)
+    assert np.any(trees.flat(made[0].variables)["batch_stats/BatchNorm_0/mean"])
     # What is handed on has no features; 22 steps moved the sharpness to 21 / 22.
     assert whole(X).shape == (8, 10)
     progress = {
